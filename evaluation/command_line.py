@@ -1,0 +1,47 @@
+"""How our commands answer: one line on stderr and exit code 2 for a mistake of the user's, a traceback with --debug."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+
+from huggingface_hub.errors import StrictDataclassError
+
+
+class OneLineErrors:
+    """Makes an `ArgumentParser` answer in one line, and name the nearest flag to one that it does not know."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].split("=")[0]
+            self.error(f"there is no option {given}" + nearest(given, self._option_string_actions))
+        return namespace, unknown
+
+
+class Parser(OneLineErrors, argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(**{"allow_abbrev": False} | kwargs)
+
+
+def nearest(given: str, allowed) -> str:
+    """", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near."""
+    found = difflib.get_close_matches(given, allowed, n=1)
+    return f", did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(allowed))}"
+
+
+def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Runs a command's `main`. Users' errors end in exit code 2 and one line; --debug shows where they came from."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        main([arg for arg in argv if arg != "--debug"])
+    except (ValueError, OSError, StrictDataclassError) as error:
+        if debug:
+            raise
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        print(f"{prog}: error: {' '.join(str(cause).split())}", file=sys.stderr)
+        sys.exit(2)

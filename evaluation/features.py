@@ -1,0 +1,92 @@
+"""A model and images -> features and labels, each image exactly once whatever the number of processes."""
+
+import math
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+
+from .images import PILLOW_MODES, decode_image
+
+
+class ImageCollator:
+    """Rows of `load_images` -> a batch of pixel values, as the image processor makes them, and the labels."""
+
+    def __init__(self, image_processor, num_channels: int):
+        self.image_processor = image_processor
+        self.num_channels = num_channels
+
+    def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, list]:
+        images = [decode_image(row["image"], self.num_channels) for row in rows]
+        inputs = self.image_processor(images, return_tensors="pt", input_data_format="channels_first")
+        return inputs["pixel_values"], [row.get("label") for row in rows]
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, object]:
+    """A backbone and its image processor, by Hub id or folder, in evaluation mode on this process's device.
+
+    The processor is the Pillow one, to the pixel what torchvision's transforms on PIL images are, where Pillow knows
+    the number of channels.
+    """
+    model = AutoModel.from_pretrained(name).eval().to(PartialState().device)
+    backend = "pil" if model.config.num_channels in PILLOW_MODES else "torchvision"
+    return model, AutoImageProcessor.from_pretrained(name, backend=backend)
+
+
+def pooled(output) -> torch.Tensor:
+    """The image's feature in a backbone's output: CLS after the final norm, or the pooled map of a network without."""
+    if output.last_hidden_state.ndim == 3:  # not `pooler_output`, which in a stock ViT is a random layer
+        return output.last_hidden_state[:, 0]
+    return output.pooler_output.flatten(1)
+
+
+@torch.no_grad()
+def extract_features(
+    model: PreTrainedModel,
+    dataset: Dataset | IterableDataset,
+    image_processor,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    description: str = "features",
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Features of all images of a data set of `load_images`, in evaluation mode and fp32.
+
+    Args:
+        model: A backbone; its mode is put back afterwards.
+        dataset: Rows with `image` and, perhaps, `label`.
+        image_processor: Makes pixel values of (channels, height, width) uint8 arrays.
+        batch_size: Images per forward pass and process.
+        num_workers: Worker processes that decode.
+        description: Text of the progress bar.
+
+    Returns:
+        Features (images, hidden) in fp32 on the CPU and labels (images,), the same on all processes. Their order is the
+        data set's with one process; with several, each process's share follows the one before.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        dataset = split_dataset_by_node(dataset, state.process_index, state.num_processes)
+    collate = ImageCollator(image_processor, model.config.num_channels)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
+    was_training = model.training
+    model.eval()
+    features, labels = [], []
+    bar = tqdm(loader, desc=description, total=num_batches, leave=False, disable=not state.is_main_process)
+    for pixel_values, batch_labels in bar:
+        output = model(pixel_values.to(model.device, model.dtype, non_blocking=True))
+        features.append(pooled(output).float().cpu())
+        labels.extend(batch_labels)
+    model.train(was_training)
+    share = [(torch.cat(features) if features else torch.empty(0, 0), labels)]
+    shares = gather_object(share) if state.num_processes > 1 else share
+    features = torch.cat([part for part, _ in shares if len(part)]) if any(len(part) for part, _ in shares) else None
+    if features is None:
+        raise ValueError(f"there are no images to compute {description} of")
+    return features, np.array([label for _, part in shares for label in part])

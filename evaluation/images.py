@@ -1,0 +1,166 @@
+"""Images from anywhere that `datasets` reads: a Hub id, a folder (class folders or flat), parquet, tars, `save_to_disk`.
+
+Images stay encoded until somebody needs pixels, and then `decode_image` is the one way to get them.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.features import Array3D, ClassLabel
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image as PillowImage
+from PIL import ImageOps
+
+
+IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+
+
+def _load(dataset_name: str, config_name: str | None, split: str, streaming: bool):
+    """A split, or all of them where there is no such split, so that the caller can name them."""
+    path = Path(dataset_name).expanduser()
+    if not path.exists():
+        if dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or path.suffix:
+            raise ValueError(f"there is no file or folder {dataset_name}")
+        try:
+            return load_dataset(dataset_name, config_name, streaming=streaming)
+        except DatasetNotFoundError as error:
+            raise ValueError(
+                f"{dataset_name} is neither a local path nor a data set that the Hub lets you read ({error}); for a "
+                "gated or private one, log in with `hf auth login`"
+            ) from error
+        except (ConnectionError, OSError) as error:
+            raise ValueError(f"{dataset_name} is no local path, and the Hub could not be asked: {error}") from error
+    if path.is_file():
+        builder = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"{dataset_name} is a file; allowed are .parquet, .arrow, .tar or a folder")
+        return load_dataset(builder, data_files={split: str(path)}, streaming=streaming)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        saved = load_from_disk(str(path))
+        saved = saved if isinstance(saved, DatasetDict) else DatasetDict({split: saved})
+        if streaming:
+            return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
+        return saved
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if not any(file.suffix in (".parquet", ".arrow", ".tar", ".zip") for file in files):
+        if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+            found = sorted({file.suffix or "no ending" for file in files})
+            raise ValueError(
+                f"no images in {dataset_name}: looked in all folders below it for {', '.join(sorted(IMAGE_SUFFIXES))[:60]}"
+                f", ... and for .parquet, .arrow, .tar, found {len(files)} files" + (f" ({', '.join(found)[:60]})" if found else "")
+            )
+        return load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+    try:
+        return load_dataset(str(path), config_name, streaming=streaming)
+    except DataFilesNotFoundError as error:
+        raise ValueError(f"no data files in {dataset_name}: {error}") from error
+
+
+def _find_image_column(features: Features, image_column: str | None) -> str:
+    columns = ", ".join(features)
+    if image_column is not None:
+        if image_column not in features:
+            raise ValueError(f"there is no column {image_column} (--image_column); the columns are {columns}")
+        if not isinstance(features[image_column], (Image, Array3D)):
+            raise ValueError(f"column {image_column} holds no images but {features[image_column]}")
+        return image_column
+    candidates = [name for name, feature in features.items() if isinstance(feature, (Image, Array3D))]
+    if not candidates:
+        raise ValueError(f"the data set has no image column; the columns are {columns}")
+    if len(candidates) > 1:
+        raise ValueError(f"the data set has several image columns, choose with --image_column: {', '.join(candidates)}")
+    return candidates[0]
+
+
+def _find_label_column(features: Features, label_column: str | None) -> str | None:
+    if label_column is not None:
+        if label_column not in features:
+            raise ValueError(
+                f"there is no column {label_column} (--label_column); the columns are {', '.join(features)}"
+            )
+        return label_column
+    candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    return candidates[0] if len(candidates) == 1 else "label" if "label" in features else None
+
+
+def load_images(
+    dataset_name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """A split of a data set with the columns `image` (encoded) and, where there are labels, `label`.
+
+    Args:
+        dataset_name: A Hub id, or a path: a folder of images (in class folders, or flat and so without labels), of
+            parquet, Arrow or tar files, one such file, or what `save_to_disk` wrote.
+        config_name: Configuration of a data set that has several.
+        split: Name of the split.
+        image_column: Column of the images. Default: the only one that holds images.
+        label_column: Column of the labels. Default: the only class column, or else `label`, or else none.
+        streaming: Read while iterating, instead of preparing the whole data set first.
+
+    Raises:
+        ValueError: whatever is missing; says what there is instead.
+    """
+    splits = _load(dataset_name, config_name, split, streaming)
+    if split not in splits:
+        raise ValueError(f"{dataset_name} has no split {split}; its splits are {', '.join(splits)}")
+    dataset = splits[split]
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    image_column = _find_image_column(dataset.features, image_column)
+    label_column = _find_label_column(dataset.features, label_column)
+    chosen = {image_column: "image"} | ({} if label_column is None else {label_column: "label"})
+    dataset = dataset.select_columns(list(chosen))
+    dataset = dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
+    if isinstance(dataset.features["image"], Image):
+        dataset = dataset.cast_column("image", Image(decode=False))
+    return dataset
+
+
+def image_content(image: dict | list | np.ndarray) -> bytes:
+    """The bytes of an undecoded image: of its file, or of its array."""
+    if not isinstance(image, dict):
+        return np.asarray(image, dtype=np.uint8).tobytes()
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def decode_image(image: dict | list | np.ndarray, num_channels: int, content: bytes | None = None) -> np.ndarray:
+    """An undecoded image as pixels (num_channels, height, width) in uint8.
+
+    Files are turned upright as their EXIF says and become grey (1 channel), RGB (3) or RGBA (4). Arrays must already
+    have `num_channels` as their first or last dimension.
+
+    Args:
+        image: What a row of `load_images` holds in `image`.
+        num_channels: Channels that the model takes.
+        content: The file's bytes, if they have been read already.
+    """
+    if not isinstance(image, dict):
+        array = np.asarray(image, dtype=np.uint8)
+        if array.shape[0] != num_channels and array.shape[-1] == num_channels:
+            array = array.transpose(2, 0, 1)
+        if array.shape[0] != num_channels:
+            raise ValueError(f"the model takes {num_channels} channels, the data set holds arrays {array.shape}")
+        return np.ascontiguousarray(array)
+    if num_channels not in PILLOW_MODES:
+        raise ValueError(f"an image file has 1, 3 or 4 channels, the model takes {num_channels}; use an array column")
+    with PillowImage.open(io.BytesIO(content or image_content(image))) as file:
+        pixels = np.array(ImageOps.exif_transpose(file).convert(PILLOW_MODES[num_channels]))
+    return pixels.reshape(*pixels.shape[:2], num_channels).transpose(2, 0, 1)

@@ -1,0 +1,95 @@
+"""DINO model configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class DINOConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DINOModel`] (a Vision Transformer) and of the projection head that [`DINOForPreTraining`] puts on
+    it. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536 prototypes.
+
+    Args:
+        hidden_size (`int`, defaults to 384): Width of the tokens.
+        num_hidden_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 6): Attention heads per block; must divide `hidden_size`.
+        mlp_ratio (`float`, defaults to 4.0): Width of a block's MLP over `hidden_size`.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs; `"gelu"` is the exact one (erf).
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every LayerNorm.
+        qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have a bias.
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth of the last block; grows linearly from 0 in the first. The paper trains with 0.1.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of Linear weights and embeddings.
+        image_size (`int`, defaults to 224): Side in pixels that the position embeddings are stored for.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels; must divide `image_size`.
+        num_channels (`int`, defaults to 3): Channels of the images.
+        position_interpolation (`str`, defaults to `"scale_factor"`):
+            How position embeddings are resampled for other image sizes. `"scale_factor"` does as the original does,
+            with its offset of 0.1 patches; `"size"` does as ViT of transformers does. The two differ at every size but
+            `image_size`, so keep the one that the weights were trained with.
+        out_dim (`int`, defaults to 65536): Number of prototypes, K in the paper.
+        head_hidden_dim (`int`, defaults to 2048): Width of the head's hidden layers.
+        head_bottleneck_dim (`int`, defaults to 256): Width of the L2-normalised bottleneck.
+        head_num_layers (`int`, defaults to 3): Linear layers of the head in front of the prototypes.
+        use_bn_in_head (`bool`, defaults to `False`): Whether the head's hidden layers have batch normalisation.
+        norm_last_layer (`bool`, defaults to `True`):
+            Whether the prototypes' gain is fixed to 1, which is more stable; `False` is better for ViT-S.
+
+    Raises:
+        A type error of `huggingface_hub` for a value of the wrong type, `ValueError` for sizes that do not fit.
+
+    ```python
+    >>> from modeling_dino import DINOConfig, DINOModel
+
+    >>> config = DINOConfig(patch_size=8)
+    >>> model = DINOModel(config)  # ViT-S/8 with random weights
+    ```"""
+
+    model_type = "dino"
+
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    mlp_ratio: float | int = 4.0
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    position_interpolation: str = "scale_factor"
+    out_dim: int = 65536
+    head_hidden_dim: int = 2048
+    head_bottleneck_dim: int = 256
+    head_num_layers: int = 3
+    use_bn_in_head: bool = False
+    norm_last_layer: bool = True
+
+    def validate_sizes(self):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+                     "num_channels", "out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
+
+    def validate_position_interpolation(self):
+        if self.position_interpolation not in ("scale_factor", "size"):
+            raise ValueError(
+                f"position_interpolation must be 'scale_factor' or 'size', got {self.position_interpolation!r}"
+            )
+
+
+__all__ = ["DINOConfig"]

@@ -1,0 +1,328 @@
+"""DINO (arXiv 2104.14294): a Vision Transformer and the projection head it is pretrained with.
+
+Where it departs from ViT of transformers, on purpose, because the original does so too: stochastic depth grows with the
+block, position embeddings are resampled by scale factor, queries, keys and values are one parameter (gradients are
+clipped per parameter), and the patch projection and the prototypes keep PyTorch's default initialisation.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_dino import DINOConfig
+
+
+class DINOPatchEmbeddings(nn.Module):
+    """(batch, channels, height, width) -> (batch, patches, hidden): one strided convolution, patches in row order."""
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class DINOEmbeddings(nn.Module):
+    """Patches, the CLS token in front of them, and learned position embeddings for any image size."""
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        self.config = config
+        self.grid_size = config.image_size // config.patch_size
+        self.patch_embeddings = DINOPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, config.hidden_size))
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings (1, 1 + height * width, hidden) for a grid of `height` x `width` patches.
+
+        The original passes `scale_factor = (height + 0.1) / grid_size` to the bicubic resampling, and PyTorch then
+        samples in steps of its inverse: 96 pixels at patch 16 read row 0.648 of the 14 stored ones, not row 0.667.
+        """
+        if height == width == self.grid_size:
+            return self.position_embeddings
+        cls_position, patch_positions = self.position_embeddings.split([1, self.grid_size**2], dim=1)
+        if self.config.position_interpolation == "scale_factor":
+            target = {"scale_factor": ((height + 0.1) / self.grid_size, (width + 0.1) / self.grid_size)}
+        else:
+            target = {"size": (height, width)}
+        grid = patch_positions.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(grid.float(), mode="bicubic", align_corners=False, **target)
+        patch_positions = grid.to(cls_position.dtype).flatten(2).transpose(1, 2)  # (1, height * width, hidden)
+        return torch.cat([cls_position, patch_positions], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        num_channels, height, width = pixel_values.shape[1:]
+        patch_size = self.config.patch_size
+        if num_channels != self.config.num_channels:
+            raise ValueError(f"the model takes images of {self.config.num_channels} channels, got {num_channels}")
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"image height and width must be multiples of {patch_size}, got {height}x{width}")
+        patches = self.patch_embeddings(pixel_values)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return tokens + self.interpolate_pos_encoding(height // patch_size, width // patch_size)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q k^T * scaling) v, also returning the softmax. Heads in (batch, heads, tokens, head_dim)."""
+    attention = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attention = attention + attention_mask
+    attention = nn.functional.softmax(attention, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = torch.matmul(nn.functional.dropout(attention, p=dropout, training=module.training), value)
+    return output.transpose(1, 2), attention
+
+
+class DINOAttention(nn.Module):
+    """Multi-head self-attention. Rows of `qkv.weight` are all queries, then all keys, then all values."""
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_attention_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_dim)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, attention = attention_interface(self, query, key, value, None, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(2)), attention
+
+
+class DINOMLP(nn.Module):
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        hidden_dim = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, hidden_dim)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_dim, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class DINODropPath(nn.Module):
+    """Stochastic depth: in training, zeroes a residual branch of a sample with `drop_prob`, and rescales the others."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1.0 - self.drop_prob
+        keep = hidden_states.new_empty(len(hidden_states), *[1] * (hidden_states.ndim - 1)).bernoulli_(keep_prob)
+        return hidden_states * keep / keep_prob
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class DINOLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block. Its one drop path is drawn for each of the two residual branches."""
+
+    def __init__(self, config: DINOConfig, drop_prob: float):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = DINOAttention(config)
+        self.drop_path = DINODropPath(drop_prob)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DINOMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class DINOPrototypes(nn.Module):
+    r"""The head's weight-normalised last layer: logit_k = g_k <v_k / |v_k|, x>, without a bias.
+
+    Our own, since `from_pretrained` makes every parameter trainable again: a frozen gain is a buffer here. The keys
+    `weight_v` (out_dim, bottleneck) and `weight_g` (out_dim, 1) are the original's in either case.
+    """
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.zeros(config.out_dim, config.head_bottleneck_dim))
+        gain = torch.ones(config.out_dim, 1)
+        if config.norm_last_layer:
+            self.register_buffer("weight_g", gain)
+        else:
+            self.weight_g = nn.Parameter(gain)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight_g * nn.functional.normalize(self.weight_v, dim=-1))
+
+    def extra_repr(self) -> str:
+        out_dim, in_dim = self.weight_v.shape
+        return f"{in_dim}, {out_dim}, frozen_gain={not isinstance(self.weight_g, nn.Parameter)}"
+
+
+class DINOHead(nn.Module):
+    """Projection head: an MLP, L2 normalisation, and one cosine similarity a prototype.
+
+    Takes features (rows, hidden_size) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
+    """
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        hidden_dims = [config.head_hidden_dim] * (config.head_num_layers - 1)
+        layers, in_dim = [], config.hidden_size
+        for hidden_dim in hidden_dims:
+            layers.append(nn.Linear(in_dim, hidden_dim))
+            if config.use_bn_in_head:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+            in_dim = hidden_dim
+        self.mlp = nn.Sequential(*layers, nn.Linear(in_dim, config.head_bottleneck_dim))
+        self.last_layer = DINOPrototypes(config)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        bottleneck = nn.functional.normalize(self.mlp(features), dim=-1)
+        return self.last_layer(bottleneck)
+
+
+@auto_docstring
+class DINOPreTrainedModel(PreTrainedModel):
+    config: DINOConfig
+    base_model_prefix = "dino"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DINOEmbeddings", "DINOLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DINOLayer, "attentions": DINOAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, DINOEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
+            init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # PyTorch's default, which the original does not touch
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm1d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, DINOPrototypes):  # nn.Linear's default: |v| sets how fast a prototype turns
+            init.kaiming_uniform_(module.weight_v, a=math.sqrt(5))
+            init.ones_(module.weight_g)
+
+
+@auto_docstring(custom_intro="The DINO Vision Transformer, without a head. Takes any image size that the patch size divides.")
+class DINOModel(DINOPreTrainedModel):
+    def __init__(self, config: DINOConfig):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        drop_probs = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.embeddings = DINOEmbeddings(config)
+        self.layers = nn.ModuleList([DINOLayer(config, drop_prob) for drop_prob in drop_probs])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)  # (batch, 1 + patches, hidden)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+
+@auto_docstring(custom_intro="Output of [`DINOForPreTraining`].")
+@dataclass
+class DINOForPreTrainingOutput(ModelOutput):
+    r"""
+    logits (`torch.FloatTensor` of shape `(num_crops * batch_size, out_dim)`):
+        One row a crop, in the order of the input: all images of the first crop, then all of the second, and so on.
+    pooler_output (`torch.FloatTensor` of shape `(num_crops * batch_size, hidden_size)`):
+        The backbone's features (CLS after the final norm) that the logits were computed from.
+    """
+
+    logits: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+
+
+@auto_docstring(custom_intro="Backbone and projection head: student and teacher of DINO are two of these.")
+class DINOForPreTraining(DINOPreTrainedModel):
+    def __init__(self, config: DINOConfig):
+        super().__init__(config)
+        self.dino = DINOModel(config)
+        self.head = DINOHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self, pixel_values: torch.Tensor | list[torch.Tensor], **kwargs: Unpack[TransformersKwargs]
+    ) -> DINOForPreTrainingOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, or a list of them):
+            A list holds one tensor a resolution, or one a crop; sizes may differ. Neighbours of equal height and width
+            share a pass of the backbone, and all rows share one pass of the head.
+        """
+        crops = [pixel_values] if isinstance(pixel_values, torch.Tensor) else pixel_values
+        resolutions: list[list[torch.Tensor]] = []
+        for crop in crops:
+            if resolutions and resolutions[-1][0].shape[-2:] == crop.shape[-2:]:
+                resolutions[-1].append(crop)
+            else:
+                resolutions.append([crop])
+        features = torch.cat([self.dino(torch.cat(group), **kwargs).pooler_output for group in resolutions])
+        return DINOForPreTrainingOutput(logits=self.head(features), pooler_output=features)
+
+
+__all__ = ["DINOForPreTraining", "DINOHead", "DINOModel", "DINOPreTrainedModel"]

@@ -1,0 +1,156 @@
+"""The settings of a run and how they are read: defaults, then the YAML of --config, then flags."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+from evaluation.command_line import OneLineErrors, nearest
+
+from .augmentation import AugmentationArguments
+
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass
+class TrainingArguments(AugmentationArguments):
+    """Settings of a training run, beside those of the augmentation. Defaults are the original's `main_dino.py`."""
+
+    dataset_name: str | None = HfArg(
+        default=None, help="Hub id or path: a folder of images, parquet, Arrow or tar files, or what save_to_disk wrote."
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of a data set that has several.")
+    train_split: str = HfArg(default="train", help="Split to train on.")
+    image_column: str | None = HfArg(default=None, help="Column of the images; found by itself when there is one.")
+    streaming: bool = HfArg(default=False, help="Read the data while training, without preparing it first.")
+    num_examples: int | None = HfArg(default=None, help="Images per epoch; for streams, which do not know it.")
+    num_workers: int = HfArg(default=8, help="Worker processes per process that decode and crop.")
+
+    model_config: str = HfArg(
+        default="vit_small_patch16", help="JSON of a DINOConfig: a path, or a name in configs/models."
+    )
+    config_overrides: list[str] = HfArg(
+        default_factory=list, help="Fields of the model's config to change, as out_dim=4096 norm_last_layer=false."
+    )
+
+    num_train_epochs: int = HfArg(default=100, help="Epochs to train.")
+    max_steps: int | None = HfArg(default=None, help="Steps to train, instead of num_train_epochs.")
+    per_device_train_batch_size: int = HfArg(default=64, help="Images per step and process.")
+    base_learning_rate: float = HfArg(
+        default=5e-4, help="Peak learning rate per 256 images; scaled by the batch of all processes."
+    )
+    min_learning_rate: float = HfArg(default=1e-6, help="Learning rate at the end; not scaled by the batch.")
+    warmup_epochs: int = HfArg(default=10, help="Epochs of linear learning rate warm-up.")
+    weight_decay: float = HfArg(default=0.04, help="Weight decay at the start.")
+    weight_decay_end: float = HfArg(default=0.4, help="Weight decay at the end, reached by a cosine.")
+    clip_grad: float = HfArg(default=3.0, help="Largest norm of each parameter's gradient; 0 does not clip.")
+    freeze_last_layer_epochs: int = HfArg(default=1, help="Epochs in which the prototypes stay as they are.")
+    student_temp: float = HfArg(default=0.1, help="Temperature of the student.")
+    teacher_temp: float = HfArg(default=0.04, help="Temperature of the teacher after its warm-up.")
+    warmup_teacher_temp: float = HfArg(default=0.04, help="Temperature of the teacher at the start.")
+    warmup_teacher_temp_epochs: int = HfArg(default=0, help="Epochs from the one temperature to the other.")
+    momentum_teacher: float = HfArg(default=0.996, help="Momentum of the teacher at the start; a cosine takes it to 1.")
+    center_momentum: float = HfArg(default=0.9, help="Momentum of the centre.")
+
+    output_dir: str | None = HfArg(default=None, help="Where the model, metrics.jsonl and checkpoints go.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Start anew in an output_dir that holds another run.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="A checkpoint folder to continue from, or `latest` for the last one in output_dir."
+    )
+    save_steps: int | None = HfArg(default=None, help="Steps between checkpoints; every epoch by default.")
+    save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")
+    logging_steps: int = HfArg(default=10, help="Steps between lines of metrics.jsonl.")
+    eval_steps: int | None = HfArg(default=None, help="Steps between k-NN evaluations; needs labels. Off by default.")
+    eval_split: str = HfArg(default="test", help="Split whose images k-NN classifies by those of the train split.")
+    label_column: str | None = HfArg(default=None, help="Column of the labels; found by itself when there is one.")
+    eval_crop_pct: float = HfArg(
+        default=0.875, help="Side of the centre crop over the resized image's shorter side, in the image processor."
+    )
+    max_eval_samples: int | None = HfArg(default=None, help="Use this many images of each split in k-NN at most.")
+    per_device_eval_batch_size: int = HfArg(default=128, help="Images per forward pass in k-NN.")
+    seed: int = HfArg(default=0, help="Seed of everything random.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("dataset_name", "output_dir"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is missing; give --{name}")
+        for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "num_examples", "save_steps",
+                     "save_total_limit", "logging_steps", "eval_steps", "max_eval_samples",
+                     "per_device_eval_batch_size"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_workers", "warmup_epochs", "freeze_last_layer_epochs", "warmup_teacher_temp_epochs", "seed",
+                     "weight_decay", "weight_decay_end", "clip_grad", "base_learning_rate",
+                     "min_learning_rate"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("momentum_teacher", "center_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.eval_crop_pct > 1:
+            raise ValueError(f"eval_crop_pct must be at most 1, got {self.eval_crop_pct}")
+
+
+class _TrainingParser(OneLineErrors, HfArgumentParser):
+    pass
+
+
+def find_config(name: str, folder: Path, suffix: str) -> Path:
+    """A file by its path, or by its name among those that come with the package."""
+    candidates = [Path(name).expanduser(), folder / name, folder / f"{name}{suffix}"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    available = sorted(path.stem for path in folder.glob(f"*{suffix}"))
+    raise ValueError(f"there is no file {name}; those that come with the package are {', '.join(available)}")
+
+
+def _yaml_flags(path: Path) -> list[str]:
+    """A recipe as flags, so that one parser checks both."""
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must map names of settings to values, got a {type(recipe).__name__}")
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    flags = []
+    for key, value in recipe.items():
+        if key not in names:
+            raise ValueError(f"{path}: there is no setting {key}{nearest(str(key), names)}")
+        if isinstance(value, dict):
+            value = [f"{name}={item}" for name, item in value.items()]
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+    return flags
+
+
+def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArguments:
+    """Settings from a command line. `--config FILE` names a YAML of the same settings, which flags override.
+
+    Raises:
+        ValueError: an unknown YAML key (names the nearest one) or a value that is not allowed.
+        SystemExit: with code 2 and one line on stderr, for an unknown flag or a value of the wrong type.
+    """
+    description = "Pretrain a vision model by DINO on unlabelled images."
+    parser = _TrainingParser(TrainingArguments, prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML of settings: a path, or a name in configs.")
+    parser.add_argument("--debug", action="store_true", help="Show a traceback instead of one line.")
+    given, _ = parser.parse_known_args(argv)
+    if given.config is not None:
+        path = find_config(given.config, CONFIGS, ".yaml")
+        recipe = _yaml_flags(path)
+        parser.prog = f"{prog}: {path}"
+        parser.parse_known_args(recipe)  # a wrong value is reported with the name of the file
+        parser.prog = prog
+        argv = recipe + argv
+    namespace = vars(parser.parse_args(argv))
+    return TrainingArguments(**{field.name: namespace[field.name] for field in dataclasses.fields(TrainingArguments)})

@@ -1,0 +1,308 @@
+"""Multi-crop: the paper's augmentation, split where the work is.
+
+A worker cuts the crops of an image out as uint8 and draws everything random about them (`MultiCrop`); the training
+process then changes the colours of a whole batch at once, on its device (`apply_photometrics`). All draws of an image
+come from a generator that is seeded by the run's seed, the epoch and the image's own bytes, so neither workers nor
+processes nor a resume can change them.
+
+Distributions are those of `DataAugmentationDINO` in the original's `main_dino.py`: blur in all of the first global
+crops, a tenth of the second and half of the local ones; solarisation in a fifth of the second global crops alone.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from transformers.hf_argparser import HfArg
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+NUM_GLOBAL_CROPS = 2
+CROP_RATIO = (3 / 4, 4 / 3)  # width over height, as in torchvision's RandomResizedCrop
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's
+
+
+@dataclass
+class AugmentationArguments:
+    """Settings of multi-crop. Triples are for the first global crop, the second, and the local ones."""
+
+    global_crop_size: int = HfArg(default=224, help="Side of the global crops in pixels; a multiple of the patch size.")
+    local_crop_size: int = HfArg(default=96, help="Side of the local crops in pixels; a multiple of the patch size.")
+    num_local_crops: int = HfArg(default=8, help="Local crops per image; 0 turns multi-crop off.")
+    global_crops_scale: list[float] = HfArg(
+        default_factory=lambda: [0.4, 1.0], help="Share of the image's area in a global crop, lowest and highest."
+    )
+    local_crops_scale: list[float] = HfArg(
+        default_factory=lambda: [0.05, 0.4], help="Share of the image's area in a local crop, lowest and highest."
+    )
+    flip_probability: float = HfArg(default=0.5, help="Probability of a horizontal flip.")
+    jitter_probability: float = HfArg(default=0.8, help="Probability of colour jitter.")
+    brightness: float = HfArg(default=0.4, help="Brightness factor is drawn from 1 - b to 1 + b.")
+    contrast: float = HfArg(default=0.4, help="Contrast factor is drawn from 1 - c to 1 + c.")
+    saturation: float = HfArg(default=0.2, help="Saturation factor is drawn from 1 - s to 1 + s. RGB only.")
+    hue: float = HfArg(default=0.1, help="Hue is shifted by -h to h turns of the colour circle. RGB only.")
+    grayscale_probability: float = HfArg(default=0.2, help="Probability of losing all colour. RGB only.")
+    blur_probability: list[float] = HfArg(
+        default_factory=lambda: [1.0, 0.1, 0.5], help="Probability of blur: first global crop, second, local."
+    )
+    blur_radius: list[float] = HfArg(
+        default_factory=lambda: [0.1, 2.0], help="Radius of Pillow's Gaussian blur in pixels, lowest and highest."
+    )
+    solarize_probability: list[float] = HfArg(
+        default_factory=lambda: [0.0, 0.2, 0.0], help="Probability of solarisation: first global crop, second, local."
+    )
+    solarize_threshold: int = HfArg(default=128, help="Solarisation inverts values from here on, of 255.")
+    image_mean: list[float] = HfArg(
+        default_factory=lambda: list(IMAGENET_DEFAULT_MEAN), help="Mean of each channel, of 1; one value serves all."
+    )
+    image_std: list[float] = HfArg(
+        default_factory=lambda: list(IMAGENET_DEFAULT_STD), help="Standard deviation of each channel, of 1."
+    )
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not name.endswith("_probability"):
+                continue
+            if name in ("blur_probability", "solarize_probability") and len(value) != 3:
+                raise ValueError(f"{name} must be 3 numbers (first global crop, second, local), got {value}")
+            if not all(0 <= p <= 1 for p in np.atleast_1d(value)):
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        for name in ("global_crops_scale", "local_crops_scale"):
+            scale = getattr(self, name)
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                raise ValueError(f"{name} must be two numbers, 0 < lowest <= highest <= 1, got {scale}")
+        if len(self.blur_radius) != 2 or not 0 < self.blur_radius[0] <= self.blur_radius[1]:
+            raise ValueError(f"blur_radius must be two numbers, 0 < lowest <= highest, got {self.blur_radius}")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue must be between 0 and 0.5, got {self.hue}")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("global_crop_size", "local_crop_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_local_crops < 0:
+            raise ValueError(f"num_local_crops must be at least 0, got {self.num_local_crops}")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std must be above 0, got {self.image_std}")
+
+    @property
+    def num_crops(self) -> int:
+        return NUM_GLOBAL_CROPS + self.num_local_crops
+
+
+class Photometrics(NamedTuple):
+    """What happens to the colours of crops. One row a crop; arrays in a worker, tensors in a batch."""
+
+    flip: torch.Tensor  # (crops,) bool
+    jitter: torch.Tensor  # (crops,) bool
+    factors: torch.Tensor  # (crops, 4) float: brightness, contrast, saturation, hue
+    order: torch.Tensor  # (crops, 4) int: which of the four comes first, second, ...
+    grayscale: torch.Tensor  # (crops,) bool
+    blur_radius: torch.Tensor  # (crops,) float; 0 is no blur
+    solarize: torch.Tensor  # (crops,) bool
+
+
+class CropBatch(NamedTuple):
+    """Crops of a batch, crop-major: all images of the first crop, then all of the second, ..."""
+
+    crops: list[torch.Tensor]  # one a resolution, uint8 (crops * batch, channels, size, size)
+    photometrics: list[Photometrics]  # one a resolution
+
+
+def draw_boxes(rng: np.random.Generator, height: int, width: int, scale: np.ndarray) -> np.ndarray:
+    """Boxes (crops, 4) of top, left, height, width, by the rule of torchvision's `RandomResizedCrop.get_params`.
+
+    `scale` (crops, 2) is the lowest and highest share of the area. Up to ten tries, then the largest centred box whose
+    aspect ratio is allowed.
+    """
+    num_crops = len(scale)
+    area = height * width * rng.uniform(scale[:, 0], scale[:, 1], (10, num_crops))
+    ratio = np.exp(rng.uniform(np.log(CROP_RATIO[0]), np.log(CROP_RATIO[1]), (10, num_crops)))
+    widths = np.rint(np.sqrt(area * ratio)).astype(int)
+    heights = np.rint(np.sqrt(area / ratio)).astype(int)
+    fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
+    first = fits.argmax(0), np.arange(num_crops)
+    heights, widths, fits = heights[first], widths[first], fits[first]
+    tops = rng.integers(0, np.maximum(height - heights, 0) + 1)
+    lefts = rng.integers(0, np.maximum(width - widths, 0) + 1)
+    if not fits.all():
+        fallback_height = min(height, round(width / CROP_RATIO[0]))
+        fallback_width = min(width, round(height * CROP_RATIO[1]))
+        fallback = (height - fallback_height) // 2, (width - fallback_width) // 2, fallback_height, fallback_width
+        boxes = np.stack([tops, lefts, heights, widths], axis=1)
+        return np.where(fits[:, None], boxes, fallback)
+    return np.stack([tops, lefts, heights, widths], axis=1)
+
+
+class MultiCrop:
+    """The worker's half: an image's bytes and pixels in, uint8 crops and the draws for their colours out."""
+
+    def __init__(self, args: AugmentationArguments, seed: int):
+        self.args = args
+        self.seed = seed
+        num_local = args.num_local_crops
+        self.scale = np.array([args.global_crops_scale] * NUM_GLOBAL_CROPS + [args.local_crops_scale] * num_local)
+        self.blur_probability = self._per_crop(args.blur_probability)
+        self.solarize_probability = self._per_crop(args.solarize_probability)
+
+    def _per_crop(self, first_second_local: list[float]) -> np.ndarray:
+        first, second, local = first_second_local
+        return np.array([first, second] + [local] * self.args.num_local_crops)
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, Photometrics]:
+        """Boxes (crops, 4) and colour changes of all crops of one image, each crop independent of the others."""
+        args, num_crops = self.args, self.args.num_crops
+        boxes = draw_boxes(rng, height, width, self.scale)
+        spread = np.array([args.brightness, args.contrast, args.saturation, args.hue])
+        neutral = np.array([1.0, 1.0, 1.0, 0.0])
+        blurred = rng.random(num_crops) < self.blur_probability
+        return boxes, Photometrics(
+            flip=rng.random(num_crops) < args.flip_probability,
+            jitter=rng.random(num_crops) < args.jitter_probability,
+            factors=rng.uniform(neutral - spread, neutral + spread, (num_crops, 4)).astype(np.float32),
+            order=rng.random((num_crops, 4)).argsort(1),
+            grayscale=rng.random(num_crops) < args.grayscale_probability,
+            blur_radius=(blurred * rng.uniform(*args.blur_radius, num_crops)).astype(np.float32),
+            solarize=rng.random(num_crops) < self.solarize_probability,
+        )
+
+    def __call__(self, image: np.ndarray, content: bytes, epoch: int) -> tuple[list[torch.Tensor], Photometrics]:
+        """Crops of one image.
+
+        Args:
+            image: (channels, height, width) uint8.
+            content: Bytes that tell this image from others, e.g. the encoded file.
+            epoch: The same image is cropped differently in every epoch.
+        """
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(content)])
+        boxes, photometrics = self.draw(rng, *image.shape[1:])
+        pixels = torch.from_numpy(image)
+        sizes = [self.args.global_crop_size] * NUM_GLOBAL_CROPS + [self.args.local_crop_size] * self.args.num_local_crops
+        crops = [
+            F.resized_crop(
+                pixels, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
+            )
+            for box, size in zip(boxes.tolist(), sizes)
+        ]
+        return crops, photometrics
+
+
+def collate(samples: list[tuple[list[torch.Tensor], Photometrics]]) -> CropBatch:
+    """Samples of `MultiCrop` -> a crop-major batch, the global crops first, then the local ones."""
+    num_crops = len(samples[0][0])
+    resolutions = [range(NUM_GLOBAL_CROPS), range(NUM_GLOBAL_CROPS, num_crops)]
+    crops, photometrics = [], []
+    for members in filter(len, resolutions):
+        crops.append(torch.stack([sample[0][i] for i in members for sample in samples]))
+        drawn = [sample[1] for sample in samples]
+        photometrics.append(
+            Photometrics(*(torch.from_numpy(np.stack(f, axis=1)[members].reshape(-1, *f[0].shape[1:])) for f in zip(*drawn)))
+        )
+    return CropBatch(crops, photometrics)
+
+
+def luma(images: torch.Tensor) -> torch.Tensor:
+    """Brightness (images, 1, height, width) as Pillow has it for RGB; the mean of the channels for anything else."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (images * factor).clamp(0, 1)
+
+
+def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return luma(images).mean((2, 3), keepdim=True).lerp(images, factor).clamp(0, 1)
+
+
+def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return luma(images).lerp(images, factor).clamp(0, 1)
+
+
+def adjust_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turns the hue of RGB `images` in HSV space; value and saturation stay.
+
+    With hue h in sixths of a turn, value v and chroma c, a channel is v - c * clamp(min(k, 4 - k), 0, 1) where
+    k = (n + h) mod 6 and n is 5, 3, 1 for red, green, blue.
+    """
+    red, green, blue = images.unbind(1)
+    value, argmax = images.max(1)
+    chroma = value - images.amin(1)
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sixths = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], 1)
+    hue = sixths.gather(1, argmax.unsqueeze(1)) + 6 * turns  # (images, 1, height, width)
+    k = (hue + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def to_grayscale(images: torch.Tensor) -> torch.Tensor:
+    return luma(images).expand_as(images)
+
+
+def blur_matrices(radius: torch.Tensor, max_radius: float, size: int) -> torch.Tensor:
+    """Matrices (images, size, size) that blur a row of `size` pixels as Pillow's `GaussianBlur(radius)` does.
+
+    Pillow runs a box filter three times. Its radius r gives the Gaussian's variance and is below `radius`, its weight
+    at distance d is clamp(r + 1 - d, 0, 1) / (2 r + 1), and pixels beyond the border repeat the border's.
+    """
+    variance = radius.double() ** 2 / 3
+    whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box_radius = (whole + part).float().view(-1, 1, 1)
+    reach = math.ceil(max_radius)
+
+    pixels = torch.arange(size, device=radius.device)
+    sources = torch.arange(-reach, size + reach, device=radius.device)
+    distance = (pixels[:, None] - sources).abs()
+    weights = (box_radius + 1 - distance).clamp(0, 1) / (2 * box_radius + 1)
+    box = weights.new_zeros(len(radius), size, size).index_add_(2, sources.clamp(0, size - 1), weights)
+    return box @ box @ box
+
+
+def gaussian_blur(images: torch.Tensor, radius: torch.Tensor, max_radius: float) -> torch.Tensor:
+    """Pillow's Gaussian blur of square images, each by its own radius (images,), none above `max_radius`."""
+    matrices = blur_matrices(radius, max_radius, images.shape[-1]).unsqueeze(1)
+    return matrices @ images @ matrices.mT
+
+
+def solarize(images: torch.Tensor, threshold: float) -> torch.Tensor:
+    return torch.where(images >= threshold, 1 - images, images)
+
+
+def apply_photometrics(crops: torch.Tensor, drawn: Photometrics, args: AugmentationArguments) -> torch.Tensor:
+    """The device's half: uint8 crops (n, channels, size, size) -> normalised fp32 crops of the same shape.
+
+    Each operation touches only the crops that it was drawn for. Which those are is known on the host, where `drawn`
+    stays, so the device never has to be waited for. Hue, saturation and grayscale are skipped unless `crops` are RGB.
+    """
+    images = crops.float().div_(255)
+    device, is_rgb = images.device, images.shape[1] == 3
+
+    def change(chosen: torch.Tensor, operation, *parameters: torch.Tensor) -> None:
+        rows = chosen.nonzero().squeeze(1)
+        if len(rows):
+            on_device = rows.to(device, non_blocking=True)
+            selected = [parameter[rows].to(device, non_blocking=True) for parameter in parameters]
+            images[on_device] = operation(images[on_device], *selected)
+
+    change(drawn.flip, lambda x: x.flip(-1))
+    jitters = [(BRIGHTNESS, adjust_brightness), (CONTRAST, adjust_contrast)]
+    jitters += [(SATURATION, adjust_saturation), (HUE, adjust_hue)] if is_rgb else []
+    factors = drawn.factors.view(-1, 4, 1, 1, 1)
+    for place in range(4):
+        for which, operation in jitters:
+            change(drawn.jitter & (drawn.order[:, place] == which), operation, factors[:, which])
+    if is_rgb:
+        change(drawn.grayscale, to_grayscale)
+    change(drawn.blur_radius > 0, lambda x, radius: gaussian_blur(x, radius, args.blur_radius[1]), drawn.blur_radius)
+    change(drawn.solarize, lambda x: solarize(x, args.solarize_threshold / 255))
+    mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (args.image_mean, args.image_std))
+    return images.sub_(mean).div_(std)

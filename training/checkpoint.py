@@ -1,0 +1,98 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+`checkpoints/step_0000100/` holds `student/` and `teacher/` in the Hugging Face format, so that either opens by
+`from_pretrained`, `state.pt` (centre, optimiser, step) and one `rank_N.pt` a process (random state, place in the data).
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from modeling_dino import DINOForPreTraining
+
+from .loss import DINOLoss
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = (output_dir / "checkpoints").glob("step_*")
+    return sorted(folder for folder in folders if re.fullmatch(r"step_\d+", folder.name))
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    student: DINOForPreTraining,
+    teacher: DINOForPreTraining,
+    dino_loss: DINOLoss,
+    optimizer: torch.optim.Optimizer,
+    data_state: dict | None,
+    total_limit: int,
+) -> None:
+    """Writes under a temporary name, renames when all processes have written, then drops the oldest above the limit."""
+    folder = output_dir / "checkpoints" / f"step_{step:07d}"
+    unfinished = folder.with_name(folder.name + ".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        student.save_pretrained(unfinished / "student")
+        teacher.save_pretrained(unfinished / "teacher")
+        state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict()}
+        torch.save(state, unfinished / "state.pt")
+    accelerator.wait_for_everyone()
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    torch.save({"random": random, "data": data_state}, unfinished / f"rank_{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
+    """The folder meant by --resume_from_checkpoint: a path, or `latest`.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    if resume_from_checkpoint == "latest":
+        found = list_checkpoints(output_dir)
+        if not found:
+            raise ValueError(f"there is no checkpoint in {output_dir / 'checkpoints'} to resume from")
+        return found[-1]
+    folder = Path(resume_from_checkpoint)
+    if not (folder / "state.pt").is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no state.pt")
+    return folder
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    student: DINOForPreTraining,
+    teacher: DINOForPreTraining,
+    dino_loss: DINOLoss,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, dict | None]:
+    """Puts a checkpoint's state into what is given; returns the steps done and this process's place in the data."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        saved = DINOForPreTraining.from_pretrained(folder / name)
+        model.load_state_dict(saved.state_dict())
+    state = torch.load(folder / "state.pt", map_location=accelerator.device, weights_only=True)
+    dino_loss.center.copy_(state["center"])
+    optimizer.load_state_dict(state["optimizer"])
+    rank_file = folder / f"rank_{accelerator.process_index}.pt"
+    if not rank_file.is_file():
+        raise ValueError(f"{folder} was saved by fewer than {accelerator.num_processes} processes: no {rank_file.name}")
+    # the loader's state is made of plain containers, so that this, too, needs no pickle that runs code
+    rank = torch.load(rank_file, weights_only=True)
+    torch.set_rng_state(rank["random"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in rank["random"]:
+        torch.cuda.set_rng_state(rank["random"]["cuda"])
+    return state["step"], rank["data"]

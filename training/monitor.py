@@ -1,0 +1,114 @@
+"""What a person sees of a run: the progress bar, `metrics.jsonl`, and the curves drawn from it."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Monitor:
+    """Writes on the main process, does nothing on the others.
+
+    Args:
+        output_dir: Where `metrics.jsonl` and `curves.png` go.
+        num_steps: Steps of the whole run.
+        first_step: Steps done before; later lines of an existing `metrics.jsonl` are dropped.
+        enabled: Whether this is the main process.
+    """
+
+    def __init__(self, output_dir: Path, num_steps: int, first_step: int, enabled: bool):
+        self.output_dir = output_dir
+        self.enabled = enabled
+        self.metrics_file = output_dir / "metrics.jsonl"
+        if enabled:
+            kept = [line for line in read_metrics(output_dir) if line["step"] <= first_step] if first_step else []
+            self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            disable=not enabled,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]",
+        )
+        self.since = time.perf_counter()
+        self.images = 0
+
+    def count(self, images: int) -> None:
+        """One step done, on this many images of all processes."""
+        self.images += images
+        self.bar.update()
+
+    def pause(self) -> float:
+        return time.perf_counter() - self.since
+
+    def resume(self, elapsed: float) -> None:
+        """Leaves out of images/s what has passed since `elapsed = pause()`."""
+        self.since = time.perf_counter() - elapsed
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """A line of training metrics after `step` steps; adds images/s since the last one."""
+        images_per_second = self.images / (time.perf_counter() - self.since)
+        self.since, self.images = time.perf_counter(), 0
+        self.write(step, values | {"images_per_second": images_per_second})
+        self.bar.set_postfix_str(
+            f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), "
+            f"entropy {values['teacher_entropy']:.2f}, lr {values['learning_rate']:.1e}, {images_per_second:.0f} img/s",
+            refresh=False,
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self.enabled:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`."""
+    file = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def draw_curves(output_dir: Path, out_dim: int) -> Path:
+    """Draws loss, teacher entropy and k-NN of a run into `curves.png`; the grey lines are ln K, what chance gives."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metrics = read_metrics(output_dir)
+    training = [line for line in metrics if "loss" in line]
+    knn = [line for line in metrics if any(key.startswith("knn_") for key in line)]
+    figure, axes = plt.subplots(1, 3 if knn else 2, figsize=(13.5 if knn else 9, 3.6), layout="constrained")
+    for axis, key, title in zip(axes, ("loss", "teacher_entropy"), ("loss", "teacher entropy [nats]")):
+        axis.plot([line["step"] for line in training], [line[key] for line in training], color="#1f5fa8")
+        axis.axhline(math.log(out_dim), color="0.6", linewidth=1, linestyle="--")
+        axis.annotate("ln K", (1, math.log(out_dim)), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                      textcoords="offset points", ha="right", color="0.4")  # fmt: skip
+        axis.set(title=title, ylim=(0, None))
+    if knn:
+        keys = [key for key in knn[0] if key.endswith("_top1")]
+        for key, shade in zip(keys, plt.cm.viridis([i / max(len(keys), 1) for i in range(len(keys))])):
+            points = [(line["step"], line[key]) for line in knn if key in line]
+            axes[-1].plot(*zip(*points), marker="o", markersize=3, color=shade, label=f"k = {key.split('_')[1]}")
+        axes[-1].set(title="k-NN of the teacher, top-1 [%]")
+        axes[-1].legend(frameon=False)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    path = output_dir / "curves.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

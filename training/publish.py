@@ -1,0 +1,43 @@
+"""The finished run: the teacher's backbone and its image processor, where `from_pretrained` finds them."""
+
+from pathlib import Path
+
+from PIL.Image import Resampling
+from transformers import ViTImageProcessor
+
+from modeling_dino import DINOConfig, DINOModel
+
+from .arguments import TrainingArguments
+
+
+def make_image_processor(args: TrainingArguments, config: DINOConfig) -> ViTImageProcessor:
+    """Evaluation's transform: shorter side to `image_size / eval_crop_pct` (bicubic), centre crop, normalise.
+
+    The stock processor of ViT does all of it, so that a checkpoint needs no code for it.
+    """
+    size, num_channels = config.image_size, config.num_channels
+    return ViTImageProcessor(
+        size={"shortest_edge": round(size / args.eval_crop_pct)},
+        resample=Resampling.BICUBIC,
+        do_center_crop=True,
+        crop_size={"height": size, "width": size},
+        image_mean=_per_channel(args.image_mean, num_channels),
+        image_std=_per_channel(args.image_std, num_channels),
+        do_convert_rgb=num_channels == 3,
+    )
+
+
+def _per_channel(values: list[float], num_channels: int) -> list[float]:
+    return values * num_channels if len(values) == 1 else values
+
+
+def publish(backbone: DINOModel, image_processor: ViTImageProcessor, output_dir: Path) -> str:
+    """Saves backbone and image processor into `output_dir`; returns the five lines that load them."""
+    backbone.save_pretrained(output_dir)
+    image_processor.save_pretrained(output_dir)
+    return f'''\
+import modeling_dino, PIL.Image
+from transformers import AutoImageProcessor, AutoModel
+processor, model = (Auto.from_pretrained("{output_dir}") for Auto in (AutoImageProcessor, AutoModel))
+inputs = processor(PIL.Image.open("image.jpg"), return_tensors="pt")
+features = model(**inputs).pooler_output  # (1, {backbone.config.hidden_size})'''
