@@ -1,4 +1,4 @@
-"""How our commands answer: one line on stderr and exit code 2 for a mistake of the user's, a traceback with --debug."""
+"""How our commands answer a user's mistake: one line on stderr and exit code 2; a traceback with --debug."""
 
 import argparse
 import difflib
@@ -15,11 +15,11 @@ class OneLineErrors:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            given = unknown[0].split("=")[0]
-            self.error(f"there is no option {given}" + nearest(given, self._option_string_actions))
-        return namespace, unknown
+        if self._subparsers is None:  # else the flags are a sub-command's
+            for flag in (arg.split("=")[0] for arg in args or [] if arg.startswith("--")):
+                if flag not in self._option_string_actions:
+                    self.error(f"there is no option {flag}" + nearest(flag, self._option_string_actions))
+        return super().parse_known_args(args, namespace)
 
 
 class Parser(OneLineErrors, argparse.ArgumentParser):
@@ -28,7 +28,7 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
 
 
 def nearest(given: str, allowed) -> str:
-    """", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near."""
+    """ ", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near."""
     found = difflib.get_close_matches(given, allowed, n=1)
     return f", did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(allowed))}"
 

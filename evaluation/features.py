@@ -33,8 +33,15 @@ def load_model(name: str) -> tuple[PreTrainedModel, object]:
 
     The processor is the Pillow one, to the pixel what torchvision's transforms on PIL images are, where Pillow knows
     the number of channels.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights of the model, other than a stock ViT's pooler, which nothing uses.
     """
-    model = AutoModel.from_pretrained(name).eval().to(PartialState().device)
+    model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    model.eval().to(PartialState().device)
     backend = "pil" if model.config.num_channels in PILLOW_MODES else "torchvision"
     return model, AutoImageProcessor.from_pretrained(name, backend=backend)
 
@@ -66,8 +73,8 @@ def extract_features(
         description: Text of the progress bar.
 
     Returns:
-        Features (images, hidden) in fp32 on the CPU and labels (images,), the same on all processes. Their order is the
-        data set's with one process; with several, each process's share follows the one before.
+        Features (images, hidden) in fp32 on the CPU and labels (images,), the same on all processes. Their order is
+        the data set's with one process; with several, each process's share follows the one before.
     """
     state = PartialState()
     if state.num_processes > 1:

@@ -1,4 +1,4 @@
-"""Images from anywhere that `datasets` reads: a Hub id, a folder (class folders or flat), parquet, tars, `save_to_disk`.
+"""Images from anywhere that `datasets` reads: Hub id, folder (class folders or flat), parquet, tars, `save_to_disk`.
 
 Images stay encoded until somebody needs pixels, and then `decode_image` is the one way to get them.
 """
@@ -59,8 +59,9 @@ def _load(dataset_name: str, config_name: str | None, split: str, streaming: boo
         if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
             found = sorted({file.suffix or "no ending" for file in files})
             raise ValueError(
-                f"no images in {dataset_name}: looked in all folders below it for {', '.join(sorted(IMAGE_SUFFIXES))[:60]}"
-                f", ... and for .parquet, .arrow, .tar, found {len(files)} files" + (f" ({', '.join(found)[:60]})" if found else "")
+                f"no images in {dataset_name}: looked in all folders below it for .jpg, .png and all else that Pillow "
+                f"reads, and for .parquet, .arrow, .tar and .zip; found {len(files)} files"
+                + (f" ({', '.join(found[:9])})" if found else "")
             )
         return load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
     try:
@@ -81,7 +82,9 @@ def _find_image_column(features: Features, image_column: str | None) -> str:
     if not candidates:
         raise ValueError(f"the data set has no image column; the columns are {columns}")
     if len(candidates) > 1:
-        raise ValueError(f"the data set has several image columns, choose with --image_column: {', '.join(candidates)}")
+        raise ValueError(
+            f"the data set has several image columns, choose with --image_column: {', '.join(candidates)}"
+        )
     return candidates[0]
 
 

@@ -23,8 +23,8 @@ def knn_accuracy(
     """Top-1 and top-5 accuracy in percent of a vote of the k most similar training images.
 
     A neighbour with cosine similarity s votes for its class with exp(s / temperature). One top-k of the largest k
-    serves all. Section 4.1 of the paper, `eval_knn.py` of the original; unlike there, any number of classes and of test
-    images will do.
+    serves all. Section 4.1 of the paper, `eval_knn.py` of the original; unlike there, any number of classes and of
+    test images will do.
 
     Args:
         train_features: (train images, hidden); need not be normalised.
@@ -35,8 +35,8 @@ def knn_accuracy(
         temperature: Of the votes.
 
     Returns:
-        `knn_{k}_top1` and `knn_{k}_top5` for every k. As in the original, top-5 counts the min(5, k) classes with most
-        votes, even if fewer than five got any.
+        `knn_{k}_top1` and `knn_{k}_top5` for every k. Top-5 means the min(5, k) classes with most votes. A
+        class without a vote is no hit; in the original it can be one, by the order in which ties are sorted.
 
     Raises:
         ValueError: no images, no labels, or a k below 1.
@@ -51,7 +51,9 @@ def knn_accuracy(
     ks = sorted({min(neighbours, num_train) for neighbours in k})
 
     device = train_features.device
-    classes, labels = np.unique(np.concatenate([np.asarray(train_labels), np.asarray(test_labels)]), return_inverse=True)
+    classes, labels = np.unique(
+        np.concatenate([np.asarray(train_labels), np.asarray(test_labels)]), return_inverse=True
+    )
     train_labels, test_labels = torch.from_numpy(labels).to(device).split([num_train, num_test])
     train_features = F.normalize(train_features.float(), dim=1)
     test_features = F.normalize(test_features.to(device).float(), dim=1)
@@ -60,13 +62,15 @@ def knn_accuracy(
     chunk = max(1, CHUNK_BYTES // (4 * max(num_train, len(classes))))
     for features, targets in zip(test_features.split(chunk), test_labels.split(chunk)):
         similarity, nearest = (features @ train_features.T).topk(ks[-1], dim=1)  # (chunk, largest k)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor, so that exp cannot overflow
+        weights = (
+            (similarity - similarity[:, :1]) / temperature
+        ).exp()  # a common factor, so that exp cannot overflow
         neighbour_labels = train_labels[nearest]
         for neighbours in ks:
             votes = weights.new_zeros(len(features), len(classes))
             votes.scatter_add_(1, neighbour_labels[:, :neighbours], weights[:, :neighbours])
-            ranked = votes.topk(min(5, neighbours, len(classes)), dim=1).indices
-            hits = ranked == targets[:, None]
+            ranked = votes.topk(min(5, neighbours, len(classes)), dim=1)
+            hits = (ranked.indices == targets[:, None]) & (ranked.values > 0)
             correct[neighbours, 1] += int(hits[:, 0].sum())
             correct[neighbours, 5] += int(hits.sum())
     return {f"knn_{neighbours}_top{top}": 100 * hits / num_test for (neighbours, top), hits in correct.items()}

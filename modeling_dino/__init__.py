@@ -1,4 +1,4 @@
-"""DINO for transformers. Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForPreTraining` know it."""
+"""DINO for transformers. Importing it makes `AutoConfig`, `AutoModel` and `AutoModelForPreTraining` know it."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 

@@ -4,11 +4,17 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+_AT_LEAST_ONE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels"),
+    *("out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers"),
+)
+
+
 @strict
 class DINOConfig(PreTrainedConfig):
     r"""
-    Configuration of [`DINOModel`] (a Vision Transformer) and of the projection head that [`DINOForPreTraining`] puts on
-    it. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536 prototypes.
+    Configuration of [`DINOModel`] (a Vision Transformer) and of the projection head that [`DINOForPreTraining`] puts
+    on it. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536 prototypes.
 
     Args:
         hidden_size (`int`, defaults to 384): Width of the tokens.
@@ -69,10 +75,9 @@ class DINOConfig(PreTrainedConfig):
     norm_last_layer: bool = True
 
     def validate_sizes(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
-                     "num_channels", "out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name in _AT_LEAST_ONE and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "

@@ -1,7 +1,7 @@
 """DINO (arXiv 2104.14294): a Vision Transformer and the projection head it is pretrained with.
 
-Where it departs from ViT of transformers, on purpose, because the original does so too: stochastic depth grows with the
-block, position embeddings are resampled by scale factor, queries, keys and values are one parameter (gradients are
+Where it departs from ViT of transformers, on purpose, because the original does so too: stochastic depth grows with
+the block, position embeddings are resampled by scale factor, queries, keys and values are one parameter (gradients are
 clipped per parameter), and the patch projection and the prototypes keep PyTorch's default initialisation.
 """
 
@@ -136,7 +136,7 @@ class DINOMLP(nn.Module):
 
 
 class DINODropPath(nn.Module):
-    """Stochastic depth: in training, zeroes a residual branch of a sample with `drop_prob`, and rescales the others."""
+    """Stochastic depth: in training, zeroes a sample's residual branch with `drop_prob` and rescales the others."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -260,7 +260,9 @@ class DINOPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight_g)
 
 
-@auto_docstring(custom_intro="The DINO Vision Transformer, without a head. Takes any image size that the patch size divides.")
+@auto_docstring(
+    custom_intro="The DINO Vision Transformer, without a head. Takes any image size that the patch size divides."
+)
 class DINOModel(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)

@@ -20,7 +20,8 @@ class TrainingArguments(AugmentationArguments):
     """Settings of a training run, beside those of the augmentation. Defaults are the original's `main_dino.py`."""
 
     dataset_name: str | None = HfArg(
-        default=None, help="Hub id or path: a folder of images, parquet, Arrow or tar files, or what save_to_disk wrote."
+        default=None,
+        help="Hub id or path: a folder of images, parquet, Arrow or tar files, or what save_to_disk wrote.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of a data set that has several.")
     train_split: str = HfArg(default="train", help="Split to train on.")
@@ -52,7 +53,9 @@ class TrainingArguments(AugmentationArguments):
     teacher_temp: float = HfArg(default=0.04, help="Temperature of the teacher after its warm-up.")
     warmup_teacher_temp: float = HfArg(default=0.04, help="Temperature of the teacher at the start.")
     warmup_teacher_temp_epochs: int = HfArg(default=0, help="Epochs from the one temperature to the other.")
-    momentum_teacher: float = HfArg(default=0.996, help="Momentum of the teacher at the start; a cosine takes it to 1.")
+    momentum_teacher: float = HfArg(
+        default=0.996, help="Momentum of the teacher at the start; a cosine takes it to 1."
+    )
     center_momentum: float = HfArg(default=0.9, help="Momentum of the centre.")
 
     output_dir: str | None = HfArg(default=None, help="Where the model, metrics.jsonl and checkpoints go.")

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -32,7 +32,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's
 class AugmentationArguments:
     """Settings of multi-crop. Triples are for the first global crop, the second, and the local ones."""
 
-    global_crop_size: int = HfArg(default=224, help="Side of the global crops in pixels; a multiple of the patch size.")
+    global_crop_size: int = HfArg(
+        default=224, help="Side of the global crops in pixels; a multiple of the patch size."
+    )
     local_crop_size: int = HfArg(default=96, help="Side of the local crops in pixels; a multiple of the patch size.")
     num_local_crops: int = HfArg(default=8, help="Local crops per image; 0 turns multi-crop off.")
     global_crops_scale: list[float] = HfArg(
@@ -184,11 +186,11 @@ class MultiCrop:
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(content)])
         boxes, photometrics = self.draw(rng, *image.shape[1:])
         pixels = torch.from_numpy(image)
-        sizes = [self.args.global_crop_size] * NUM_GLOBAL_CROPS + [self.args.local_crop_size] * self.args.num_local_crops
+        sizes = [self.args.global_crop_size] * NUM_GLOBAL_CROPS + [
+            self.args.local_crop_size
+        ] * self.args.num_local_crops
         crops = [
-            F.resized_crop(
-                pixels, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
-            )
+            F.resized_crop(pixels, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
             for box, size in zip(boxes.tolist(), sizes)
         ]
         return crops, photometrics
@@ -203,7 +205,9 @@ def collate(samples: list[tuple[list[torch.Tensor], Photometrics]]) -> CropBatch
         crops.append(torch.stack([sample[0][i] for i in members for sample in samples]))
         drawn = [sample[1] for sample in samples]
         photometrics.append(
-            Photometrics(*(torch.from_numpy(np.stack(f, axis=1)[members].reshape(-1, *f[0].shape[1:])) for f in zip(*drawn)))
+            Photometrics(
+                *(torch.from_numpy(np.stack(f, axis=1)[members].reshape(-1, *f[0].shape[1:])) for f in zip(*drawn))
+            )
         )
     return CropBatch(crops, photometrics)
 

@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step_0000100/` holds `student/` and `teacher/` in the Hugging Face format, so that either opens by
-`from_pretrained`, `state.pt` (centre, optimiser, step) and one `rank_N.pt` a process (random state, place in the data).
+`from_pretrained`; `state.pt` (centre, optimiser, step); and one `rank_N.pt` a process (random state, place in data).
 """
 
 import re
@@ -33,7 +33,7 @@ def save_checkpoint(
     data_state: dict | None,
     total_limit: int,
 ) -> None:
-    """Writes under a temporary name, renames when all processes have written, then drops the oldest above the limit."""
+    """Writes under a temporary name, renames when all processes are done, then drops the oldest above the limit."""
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
@@ -89,7 +89,9 @@ def load_checkpoint(
     optimizer.load_state_dict(state["optimizer"])
     rank_file = folder / f"rank_{accelerator.process_index}.pt"
     if not rank_file.is_file():
-        raise ValueError(f"{folder} was saved by fewer than {accelerator.num_processes} processes: no {rank_file.name}")
+        raise ValueError(
+            f"{folder} was saved by fewer than {accelerator.num_processes} processes: no {rank_file.name}"
+        )
     # the loader's state is made of plain containers, so that this, too, needs no pickle that runs code
     rank = torch.load(rank_file, weights_only=True)
     torch.set_rng_state(rank["random"]["cpu"])

@@ -44,9 +44,7 @@ class CropStream(TorchIterableDataset):
 
     def __init__(self, dataset: IterableDataset, multi_crop: MultiCrop, num_channels: int):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.dataset = dataset.map(
-            self._shuffle_window, batched=True, batch_size=SHUFFLE_WINDOW, with_indices=True
-        )
+        self.dataset = dataset.map(self._shuffle_window, batched=True, batch_size=SHUFFLE_WINDOW, with_indices=True)
         self.multi_crop = multi_crop
         self.num_channels = num_channels
 

@@ -15,8 +15,8 @@ class DINOLoss(nn.Module):
         terms = [-(q[t] * p[v]).sum(-1).mean() for t in range(T) for v in range(V) if v != t]
         loss = sum(terms) / len(terms)
 
-    As each q sums to one, a term is `logsumexp(s[v]) - q[t] . s[v]`, so that the teachers of a view can be summed first
-    and no log-softmax is stored. Computed in fp32 (or fp64) whatever the precision of the logits.
+    As each q sums to one, a term is `logsumexp(s[v]) - q[t] . s[v]`, so that the teachers of a view can be summed
+    first and no log-softmax is stored. Computed in fp32 (or fp64) whatever the precision of the logits.
 
     Args:
         out_dim (`int`): Number of prototypes, K.

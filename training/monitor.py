@@ -56,8 +56,8 @@ class Monitor:
         self.since, self.images = time.perf_counter(), 0
         self.write(step, values | {"images_per_second": images_per_second})
         self.bar.set_postfix_str(
-            f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), "
-            f"entropy {values['teacher_entropy']:.2f}, lr {values['learning_rate']:.1e}, {images_per_second:.0f} img/s",
+            f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
+            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s",
             refresh=False,
         )
 

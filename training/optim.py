@@ -1,4 +1,4 @@
-"""What the optimiser is given and what happens to gradients and teacher, all without a synchronisation with the device."""
+"""What the optimiser is given, and what happens to gradients and teacher: no step of it waits for the device."""
 
 import torch
 from torch import nn

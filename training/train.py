@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 
-import yaml
 from evaluation.command_line import nearest
 from evaluation.features import extract_features
 from evaluation.images import load_images
@@ -97,7 +97,12 @@ class KNNEvaluation:
         self.splits = []
         for split in (args.train_split, args.eval_split):
             dataset = load_images(
-                args.dataset_name, args.dataset_config_name, split, args.image_column, args.label_column, args.streaming
+                args.dataset_name,
+                args.dataset_config_name,
+                split,
+                args.image_column,
+                args.label_column,
+                args.streaming,
             )
             if "label" not in dataset.column_names:
                 raise ValueError(f"--eval_steps needs labels, and {args.dataset_name} has no label column")
@@ -166,7 +171,7 @@ def train(args: TrainingArguments) -> Path:
     accelerator = Accelerator()
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes and Accelerate sees {accelerator.num_processes}; "
+            f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
             "on CPU, set ACCELERATE_USE_CPU=true"
         )
     output_dir = Path(args.output_dir)
@@ -218,9 +223,7 @@ def train(args: TrainingArguments) -> Path:
     model.train()
     for step in range(first_step, num_steps):
         now = schedule(step)
-        loss, teacher_logits = train_step(
-            accelerator, args, model, teacher, dino_loss, optimizer, next(batches), now
-        )
+        loss, teacher_logits = train_step(accelerator, args, model, teacher, dino_loss, optimizer, next(batches), now)
         loss_sum += loss
         monitor.count(global_batch_size)
         done = step + 1

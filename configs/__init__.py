@@ -1,0 +1,1 @@
+"""Recipes (YAML) and model configs (JSON): data, found by name through `--config` and `--model_config`."""

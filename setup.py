@@ -1,0 +1,41 @@
+from pathlib import Path
+
+from setuptools import setup
+
+
+setup(
+    name="dino-hf",
+    version="0.1.0",
+    description="DINO (self-distillation with no labels) for transformers, accelerate, datasets and the Hub",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["modeling_dino", "training", "evaluation", "configs"],
+    package_data={"configs": ["*.yaml", "models/*.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "torchdata>=0.11",
+        "transformers>=5.17",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "huggingface_hub>=1.5",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "numpy>=1.26",
+        "matplotlib>=3.8",
+        "pillow>=10.1",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", "ruff>=0.12", "pre-commit>=4"],
+    },
+    entry_points={"console_scripts": ["dino-train = training.__main__:main", "dino-eval = evaluation.__main__:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)

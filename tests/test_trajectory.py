@@ -1,0 +1,109 @@
+"""Twelve steps of the original's training, by our own training step, loss, schedules and optimiser."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from modeling_dino import DINOForPreTraining
+from training import DINOLoss, TrainingArguments, train
+from training.augmentation import CropBatch
+from training.optim import clip_gradients_, parameter_groups
+from training.schedules import Schedule
+from training.train import make_teacher, train_step
+
+from .original import META, our_names, recorded, tiny_config
+
+
+train_module = sys.modules[train.__module__]
+
+
+def test_adamw_trajectory_is_the_originals(monkeypatch):
+    settings, expected = META["trajectory_adamw"], recorded("trajectory_adamw")
+    args = TrainingArguments(
+        dataset_name="x",
+        output_dir="y",
+        num_train_epochs=settings["epochs"],
+        per_device_train_batch_size=settings["batch"],
+        base_learning_rate=settings["base_lr"],
+        min_learning_rate=settings["min_lr"],
+        warmup_epochs=settings["warmup_epochs"],
+        num_local_crops=META["L"],
+        **{
+            name: settings[name]
+            for name in (
+                *("weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "student_temp"),
+                *("center_momentum", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs"),
+                "freeze_last_layer_epochs",
+            )
+        },
+    )
+    num_steps = settings["epochs"] * settings["steps_per_epoch"]
+    schedule = Schedule(args, settings["steps_per_epoch"], num_steps, settings["batch"])
+    student = DINOForPreTraining(tiny_config())
+    student.load_state_dict(our_names(expected, "init."))
+    teacher = make_teacher(student)
+    dino_loss = DINOLoss(META["K"], args.student_temp, args.center_momentum)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    # the recorded crops are normalised already
+    monkeypatch.setattr(train_module, "apply_photometrics", lambda crops, drawn, args: crops)
+
+    for step in range(num_steps):
+        now = schedule(step)
+        for name, value in (
+            ("lr", now.learning_rate),
+            ("weight_decay", now.weight_decay),
+            ("momentum", now.teacher_momentum),
+            ("teacher_temp", now.teacher_temp),
+        ):
+            assert value == pytest.approx(expected[name][step].item(), rel=1e-14)
+        crops = [expected[f"step.{step}.{kind}"].flatten(0, 1) for kind in ("global", "local")]
+        batch = CropBatch(crops, [None, None])
+        loss, _ = train_step(accelerator, args, student, teacher, dino_loss, optimizer, batch, now)
+        assert loss.item() == pytest.approx(expected["loss"][step].item(), rel=5e-6)
+        torch.testing.assert_close(dino_loss.center, expected[f"step.{step}.center"], rtol=0, atol=1e-6)
+
+    for model, name in ((student, "student"), (teacher, "teacher")):
+        state = model.state_dict()
+        for key, value in our_names(expected, f"final.{name}.").items():
+            ours, theirs = state[key], value
+            if key.endswith("qkv.bias"):
+                # A bias of the keys adds the same to all scores of a query, which the softmax ignores: its gradient
+                # is rounding noise, which Adam turns into steps of full size. No two machines agree on it.
+                queries, keys, values = range(48), range(48, 96), range(96, 144)
+                torch.testing.assert_close(ours[list(keys)], theirs[list(keys)], rtol=0, atol=1e-2)
+                both = [*queries, *values]
+                ours, theirs = ours[both], theirs[both]
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6, msg=f"{name} {key}")
+
+
+def test_groups_decay_everything_but_biases_and_norms():
+    student = DINOForPreTraining(tiny_config(norm_last_layer=False, use_bn_in_head=True))
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed, undecayed = ([names[id(p)] for p in group["params"]] for group in parameter_groups(student))
+    assert {f"dino.embeddings.{name}" for name in ("cls_token", "position_embeddings")} <= set(decayed)
+    assert "head.last_layer.weight_g" in decayed
+    batch_norms = ("head.mlp.1.weight", "head.mlp.4.weight")
+    assert all(name.endswith("bias") or "layernorm" in name or name in batch_norms for name in undecayed)
+    assert len(decayed) + len(undecayed) == len(names)
+
+
+def test_each_parameter_is_clipped_by_its_own_norm():
+    model = torch.nn.Linear(3, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 10.0), torch.tensor([0.1, 0.2])
+    weight_norm = model.weight.grad.norm().item()
+    clip_gradients_(model, 3.0)
+    assert model.weight.grad.flatten().tolist() == pytest.approx([10 * 3 / (weight_norm + 1e-6)] * 6)
+    assert model.bias.grad.tolist() == pytest.approx([0.1, 0.2])
+
+
+def test_teacher_trains_on_nothing_and_drops_no_path():
+    student = DINOForPreTraining(tiny_config(drop_path_rate=0.3)).train()
+    teacher = make_teacher(student)
+    assert teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(teacher(images).logits, copy.deepcopy(student).eval()(images).logits)
+    assert student.config.drop_path_rate == 0.3
