@@ -130,7 +130,7 @@ def _yaml_flags(path: Path) -> list[str]:
             raise ValueError(f"{path}: there is no setting {key}{nearest(str(key), names)}")
         if isinstance(value, dict):
             value = [f"{name}={item}" for name, item in value.items()]
-        if value is not None:
+        if value not in (None, []):
             values = value if isinstance(value, list) else [value]
             flags += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
     return flags

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -197,13 +198,13 @@ def train(args: TrainingArguments) -> Path:
     model, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
+    output_dir.mkdir(parents=True, exist_ok=True)
     first_step, data_state = 0, None
     if checkpoint:
         first_step, data_state = load_checkpoint(accelerator, checkpoint, student, teacher, dino_loss, optimizer)
     elif accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         for old in list_checkpoints(output_dir):
-            old.rename(old.with_name(old.name + ".old"))
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
     monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process)

@@ -1,0 +1,134 @@
+"""Every mistake: one line on stderr that says what was given and what is allowed, and exit code 2."""
+
+import pytest
+import yaml
+
+from evaluation.__main__ import evaluate_from_command_line
+from evaluation.command_line import run
+from training.__main__ import train_from_command_line
+
+from .test_training import RECIPE, command
+
+
+def answer(main, argv, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run("dino", main, list(map(str, argv)))
+    stderr = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(stderr.splitlines()) == 1, stderr
+    return stderr
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+        return "--config", tmp_path / "r.yaml"
+
+    return write
+
+
+@pytest.fixture
+def out(tmp_path):
+    return "--output_dir", tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "there is no option --lerning_rate, did you mean --"),
+        (["--warmup_epoch", "1"], "there is no option --warmup_epoch, did you mean --warmup_epochs?"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (
+            ["--config", "nothing.yaml"],
+            "there is no file nothing.yaml; those that come with the package are cifar10_cpu",
+        ),
+        (["--global_crops_scale", "0.9", "0.1"], "0 < lowest <= highest <= 1, got [0.9, 0.1]"),
+        (["--blur_probability", "0.5"], "blur_probability must be 3 numbers"),
+        (["--flip_probability", "1.5"], "flip_probability must be between 0 and 1, got 1.5"),
+        (["--dataset_name", "x", "--output_dir", "y", "--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
+        (["--output_dir", "x"], "dataset_name is missing; give --dataset_name"),
+    ],
+)
+def test_flags(argv, message, capsys):
+    assert message in answer(train_from_command_line, argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1}, "there is no setting learning_rat, did you mean"),
+        ({"num_train_epochs": "many"}, "invalid int value: 'many'"),
+        (
+            {"config_overrides": {"hiden_size": 3}},
+            "the model's config has no field hiden_size, did you mean hidden_size?",
+        ),
+        ({"config_overrides": {"hidden_size": "wide"}}, "Field 'hidden_size' expected int, got str"),
+        ({"local_crop_size": 12}, "local_crop_size must be a multiple of the patch size 16, got 12"),
+        (
+            {"model_config": "vit_huge"},
+            "there is no file vit_huge; those that come with the package are vit_base_patch16",
+        ),
+    ],
+)
+def test_recipe(changes, message, recipe, parquet_folder, out, capsys):
+    if "config_overrides" not in changes:
+        changes = changes | {"config_overrides": {}}
+    argv = (*recipe(**changes), "--dataset_name", parquet_folder, *out)
+    assert message in answer(train_from_command_line, argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--per_device_train_batch_size", "64"], "there are 40 images, fewer than one batch of 64"),
+        (["--warmup_epochs", "3"], "warmup_epochs = 3 is 15 steps at 5 steps an epoch, and the training has only 10"),
+        (["--train_split", "validation"], "has no split validation; its splits are train, test"),
+        (["--image_column", "photo"], "there is no column photo (--image_column); the columns are picture, kind"),
+        (["--image_column", "kind"], "column kind holds no images"),
+        (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
+        (["--eval_steps", "5", "--eval_split", "val"], "has no split val; its splits are train, test"),
+        (["--image_mean", "0.5", "0.5"], "image_mean must have one value or one for each of the 3 channels"),
+    ],
+)
+def test_run(flags, message, recipe, parquet_folder, out, capsys):
+    argv = (*recipe(), "--dataset_name", parquet_folder, *out, *flags)
+    assert message in answer(train_from_command_line, argv, capsys)
+
+
+def test_data(recipe, flat_folder, tmp_path, out, capsys):
+    def ask(dataset_name, *flags):
+        return answer(train_from_command_line, (*recipe(), "--dataset_name", dataset_name, *out, *flags), capsys)
+
+    assert "there is no file or folder" in ask(tmp_path / "nothing")
+    assert "nobody/nothing is no local path, and the Hub could not be asked" in ask("nobody/nothing")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.doc").write_text("no image")
+    message = ask(tmp_path / "texts")
+    assert "no images in" in message and "looked in all folders" in message and "found 1 files (.doc)" in message
+    assert "the length of this stream is unknown: give --num_examples" in ask(flat_folder, "--streaming")
+    assert "--eval_steps needs labels" in ask(flat_folder, "--eval_steps", "1", "--eval_split", "train")
+
+
+def test_evaluation(parquet_folder, flat_folder, tmp_path, capsys):
+    def ask(*argv):
+        return answer(evaluate_from_command_line, argv, capsys)
+
+    assert "there is no option --modle, did you mean --model?" in ask("knn", "--modle", "x")
+    assert "k-NN needs labels" in ask("knn", "--model", "x", "--dataset_name", flat_folder, "--eval_split", "train")
+    assert "no_model" in ask("knn", "--model", tmp_path / "no_model", "--dataset_name", parquet_folder)
+    assert "k and batch_size must be at least 1" in ask("knn", "--model", "x", "--dataset_name", "y", "--k", "0")
+
+
+def test_traceback_only_with_debug(parquet_folder, tmp_path):
+    argv = ("--dataset_name", tmp_path / "nothing", "--output_dir", tmp_path / "out")
+    plain, debug = command(*argv), command(*argv, "--debug")
+    assert plain.returncode == 2 and plain.stderr.count("\n") == 1 and not plain.stdout
+    assert plain.stderr.startswith("dino-train: error: there is no file or folder")
+    assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+def test_launcher_that_accelerate_does_not_see(recipe, parquet_folder, out):
+    """torchrun without ACCELERATE_USE_CPU would train two separate models into one folder."""
+    argv = (*recipe(), "--dataset_name", parquet_folder, *out)
+    finished = command(*argv, WORLD_SIZE="2", RANK="0", LOCAL_RANK="-1", ACCELERATE_USE_CPU="false")
+    assert finished.returncode == 2 and "the launcher started 2 processes, Accelerate sees 1" in finished.stderr

@@ -1,0 +1,435 @@
+"""Reading images from every kind of source, and batches of crops from there; all through real files."""
+
+import io
+import itertools
+import pickle
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
+from PIL import Image
+
+from evaluation.images import decode_image, image_content, load_images
+from training import data
+from training.arguments import TrainingArguments
+from training.data import CropLoader
+
+
+# torchdata 0.11 calls it whenever a StatefulDataLoader is made; the project's code does not
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+
+NUM_IMAGES = 6
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def encoded(picture: np.ndarray, suffix: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, suffix, **options)
+    return file.getvalue()
+
+
+def numbered_picture(number: int) -> np.ndarray:
+    """(20, 24, 3): red is the number, which no crop of it can change; green and blue show where a crop is from."""
+    picture = np.random.default_rng(number).integers(0, 256, (20, 24, 3)).astype(np.uint8)
+    picture[..., 0] = number
+    return picture
+
+
+def numbered_images(numbers, column: str = "image") -> Dataset:
+    labels = [number % 2 for number in numbers]
+    rows = {column: [{"bytes": encoded(numbered_picture(i)), "path": None} for i in numbers], "label": labels}
+    return Dataset.from_dict(
+        rows, features=Features({column: datasets.Image(), "label": ClassLabel(names=["a", "b"])})
+    )
+
+
+def numbers_of(dataset) -> list[int]:
+    return [int(decode_image(row["image"], 3)[0, 0, 0]) for row in dataset]
+
+
+# load_images
+
+
+def write_class_folders(folder: Path) -> Path:
+    for i in range(NUM_IMAGES):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(encoded(numbered_picture(i)))
+    return folder
+
+
+def write_flat_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(NUM_IMAGES):
+        (folder / f"{i}.png").write_bytes(encoded(numbered_picture(i)))
+    return folder
+
+
+def write_parquet_folder(folder: Path) -> Path:
+    folder.mkdir()
+    numbered_images(range(NUM_IMAGES)).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+def write_parquet_file(folder: Path) -> Path:
+    numbered_images(range(NUM_IMAGES)).to_parquet(f"{folder}.parquet")
+    return folder.with_suffix(".parquet")
+
+
+def write_saved_dataset(folder: Path) -> Path:
+    numbered_images(range(NUM_IMAGES)).save_to_disk(folder)
+    return folder
+
+
+def write_saved_dataset_dict(folder: Path) -> Path:
+    DatasetDict(train=numbered_images(range(NUM_IMAGES)), test=numbered_images([7])).save_to_disk(folder)
+    return folder
+
+
+LABELLED = [
+    write_class_folders,
+    write_parquet_folder,
+    write_parquet_file,
+    write_saved_dataset,
+    write_saved_dataset_dict,
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("write", LABELLED)
+def test_images_and_labels_are_found(tmp_path, write, streaming):
+    dataset = load_images(str(write(tmp_path / "images")), streaming=streaming)
+    assert isinstance(dataset, datasets.IterableDataset if streaming else Dataset)
+    assert set(dataset.column_names) == {"image", "label"}
+    rows = list(dataset)
+    assert sorted(numbers_of(rows)) == list(range(NUM_IMAGES))
+    assert [row["label"] for row in rows] == [number % 2 for number in numbers_of(rows)]
+    assert dataset.features["label"].names == ["a", "b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_flat_folder_has_images_without_labels(tmp_path, streaming):
+    dataset = load_images(str(write_flat_folder(tmp_path / "images")), streaming=streaming)
+    assert dataset.column_names == ["image"]
+    assert sorted(numbers_of(dataset)) == list(range(NUM_IMAGES))
+
+
+def test_images_stay_encoded(tmp_path):
+    [row] = load_images(str(write_parquet_folder(tmp_path / "images"))).select([2])
+    assert image_content(row["image"]) == encoded(numbered_picture(2))
+
+
+def test_content_of_an_image_in_a_folder_is_its_file(tmp_path):
+    dataset = load_images(str(write_flat_folder(tmp_path / "images")))
+    assert {image_content(row["image"]) for row in dataset} == {
+        encoded(numbered_picture(i)) for i in range(NUM_IMAGES)
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("column", ["image", "img", "Foto des Tages"])
+def test_image_column_is_found_under_any_name(tmp_path, column, streaming):
+    numbered_images(range(NUM_IMAGES), column).to_parquet(tmp_path / "images.parquet")
+    dataset = load_images(str(tmp_path / "images.parquet"), streaming=streaming)
+    assert sorted(numbers_of(dataset)) == list(range(NUM_IMAGES))
+
+
+def two_image_columns(folder: Path) -> str:
+    both = numbered_images([0, 1], "left").add_column("number", [5, 6])
+    right = numbered_images([2, 3], "right").remove_columns("label")
+    datasets.concatenate_datasets([both, right], axis=1).to_parquet(folder / "images.parquet")
+    return str(folder / "images.parquet")
+
+
+def test_two_image_columns_are_an_error_that_names_them(tmp_path):
+    with pytest.raises(ValueError, match="left.*right") as error:
+        load_images(two_image_columns(tmp_path))
+    assert "number" not in str(error.value) and "--image_column" in str(error.value)
+
+
+def test_chosen_columns_are_taken(tmp_path):
+    dataset = load_images(two_image_columns(tmp_path), image_column="right", label_column="number")
+    assert numbers_of(dataset) == [2, 3] and list(dataset["label"]) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"image_column": "middle"}, r"middle.*left.*right"),
+        ({"image_column": "number"}, r"number holds no images"),
+        ({"image_column": "left", "label_column": "class"}, r"class.*number"),
+    ],
+)
+def test_wrong_choice_of_columns_is_an_error_that_says_what_there_is(tmp_path, choice, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(two_image_columns(tmp_path), **choice)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_no_image_column_is_an_error_that_lists_the_columns(tmp_path, streaming):
+    Dataset.from_dict({"text": ["a"], "number": [1]}).to_parquet(tmp_path / "text.parquet")
+    with pytest.raises(ValueError, match="no image column.*text, number"):
+        load_images(str(tmp_path / "text.parquet"), streaming=streaming)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere.parquet", "a/b/c"])
+def test_missing_path_is_an_error_that_names_it(name):
+    with pytest.raises(ValueError, match=f"no file or folder {name}"):
+        load_images(name)
+
+
+def test_folder_without_images_is_an_error_that_says_what_was_sought_and_found(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("notes.txt", "table.csv", "deep/more.txt"):
+        (tmp_path / name).write_text("nothing")
+    with pytest.raises(ValueError, match="no images in") as error:
+        load_images(str(tmp_path))
+    for part in (str(tmp_path), ".parquet", ".tar", "3 files", ".csv", ".txt"):
+        assert part in str(error.value)
+
+
+def test_file_of_another_kind_is_an_error_that_says_what_is_allowed(tmp_path):
+    (tmp_path / "images.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"images.csv.*\.parquet"):
+        load_images(str(tmp_path / "images.csv"))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_missing_split_is_an_error_that_lists_the_splits(tmp_path, streaming):
+    folder = str(write_saved_dataset_dict(tmp_path / "images"))
+    with pytest.raises(ValueError, match="no split validation.*train, test"):
+        load_images(folder, split="validation", streaming=streaming)
+    assert numbers_of(load_images(folder, split="test", streaming=streaming)) == [7]
+
+
+# decode_image
+
+
+def undecoded(content: bytes) -> dict:
+    return {"bytes": content, "path": None}
+
+
+def test_photograph_is_turned_upright():
+    upright = np.zeros((24, 16, 3), dtype=np.uint8)
+    upright[:12, :, 0] = 255  # red above, black below
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side, to be turned clockwise
+    content = encoded(np.rot90(upright).copy(), "jpeg", quality=100, subsampling=0, exif=exif)
+    assert Image.open(io.BytesIO(content)).size == (24, 16)
+    pixels = decode_image(undecoded(content), 3)
+    assert pixels.shape == (3, 24, 16)
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0), upright, atol=8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "CMYK"])
+@pytest.mark.parametrize("num_channels, target", [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_file_of_any_mode_gets_the_channels_of_the_model(mode, num_channels, target):
+    image = Image.fromarray(numbered_picture(200)).convert(mode)
+    file = io.BytesIO()
+    image.save(file, "tiff")
+    pixels = decode_image(undecoded(file.getvalue()), num_channels)
+    assert pixels.dtype == np.uint8 and pixels.shape == (num_channels, 20, 24)
+    for channel, expected in zip(pixels, image.convert(target).split(), strict=True):
+        np.testing.assert_array_equal(channel, np.array(expected))
+
+
+def test_file_is_read_from_its_path_or_from_bytes_at_hand(tmp_path):
+    (tmp_path / "image.png").write_bytes(encoded(numbered_picture(3)))
+    image = {"bytes": None, "path": str(tmp_path / "image.png")}
+    np.testing.assert_array_equal(decode_image(image, 3), numbered_picture(3).transpose(2, 0, 1))
+    (tmp_path / "image.png").unlink()
+    pixels = decode_image(image, 3, content=encoded(numbered_picture(4)))
+    np.testing.assert_array_equal(pixels, numbered_picture(4).transpose(2, 0, 1))
+
+
+def test_file_cannot_have_five_channels():
+    with pytest.raises(ValueError, match="model takes 5"):
+        decode_image(undecoded(encoded(numbered_picture(0))), 5)
+
+
+FIVE_CHANNELS = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 9)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["CHW", "HWC"])
+def test_array_column_becomes_channels_first(tmp_path, axes, streaming):
+    arrays = FIVE_CHANNELS.transpose(axes)
+    features = Features({"bands": Array3D(arrays.shape[1:], "uint8"), "number": Value("int64")})
+    stored = Dataset.from_dict({"bands": list(arrays), "number": [0, 1]}, features=features)
+    stored.to_parquet(tmp_path / "images.parquet")
+    rows = list(load_images(str(tmp_path / "images.parquet"), streaming=streaming))
+    np.testing.assert_array_equal([decode_image(row["image"], 5) for row in rows], FIVE_CHANNELS)
+    assert image_content(rows[0]["image"]) != image_content(rows[1]["image"])
+    with pytest.raises(ValueError, match="takes 3 channels"):
+        decode_image(rows[0]["image"], 3)
+
+
+# CropLoader
+
+
+BATCH_SIZE = 4
+
+
+def arguments(dataset_name, **changes) -> TrainingArguments:
+    settings = {
+        "global_crop_size": 32,
+        "local_crop_size": 16,
+        "num_local_crops": 2,
+        "num_workers": 0,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "output_dir": "unused",
+    }
+    return TrainingArguments(dataset_name=str(dataset_name), **settings | changes)
+
+
+def numbers_in(batch) -> list[int]:
+    """Which images a batch is of; checks that all their crops are in the same order."""
+    orders = [order for crops in batch.crops for order in crops[:, 0, 0, 0].view(-1, BATCH_SIZE).tolist()]
+    assert len(orders) == 4 and orders.count(orders[0]) == 4
+    return orders[0]
+
+
+def assert_equal_batches(one, other) -> None:
+    for a, b in zip(one, other, strict=True):
+        for crops, expected in zip(a.crops, b.crops, strict=True):
+            assert torch.equal(crops, expected)
+        for drawn, expected in zip(a.photometrics, b.photometrics, strict=True):
+            assert all(torch.equal(field, value) for field, value in zip(drawn, expected, strict=True))
+
+
+def write_shards(folder: Path, num_images: int, num_shards: int) -> Path:
+    folder.mkdir()
+    for shard, numbers in enumerate(np.array_split(np.arange(num_images), num_shards)):
+        numbered_images(numbers.tolist()).to_parquet(folder / f"train-{shard:05}-of-{num_shards:05}.parquet")
+    return folder
+
+
+def take(loader: CropLoader, first_step: int, num_steps: int, state=None) -> list:
+    return list(itertools.islice(loader.batches(num_steps, first_step, state), num_steps - first_step))
+
+
+WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
+
+
+def test_epoch_visits_as_many_images_as_fill_batches_and_none_twice(tmp_path):
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 14, 1)), 3)
+    assert loader.num_images == 14 and loader.state_dict() is None
+    batches = take(loader, 0, 9)
+    epochs = [sum(map(numbers_in, batches[start : start + 3]), []) for start in (0, 3, 6)]
+    for visited in epochs:
+        assert len(set(visited)) == 12 and set(visited) <= set(range(14))
+    assert len({tuple(visited) for visited in epochs}) == 3
+    assert len({frozenset(visited) for visited in epochs}) > 1  # it is not always the same images that are left out
+
+
+def test_map_style_batches_end_with_the_last_step(tmp_path):
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 8, 1)), 3)
+    assert len(list(loader.batches(5))) == 5
+    assert len(list(loader.batches(5, first_step=3))) == 2
+
+
+@WORKERS
+@pytest.mark.parametrize("first_step", [2, 3])
+def test_map_style_run_goes_on_as_if_uninterrupted(tmp_path, first_step, num_workers):
+    folder = write_shards(tmp_path / "images", 13, 1)
+    uninterrupted = take(CropLoader(arguments(folder), 3), 0, 7)
+    resumed = take(CropLoader(arguments(folder, num_workers=num_workers), 3), first_step, 7)
+    assert_equal_batches(resumed, uninterrupted[first_step:])
+
+
+def test_another_seed_gives_another_order(tmp_path):
+    folder = write_shards(tmp_path / "images", 12, 1)
+    orders = [sum(map(numbers_in, take(CropLoader(arguments(folder, seed=seed), 3), 0, 3)), []) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("num_channels", [1, 5])
+def test_batches_have_the_channels_of_the_model(tmp_path, num_channels):
+    if num_channels == 5:
+        features = Features({"image": Array3D((5, 20, 24), "uint8")})
+        arrays = np.random.default_rng(0).integers(0, 256, (4, 5, 20, 24)).astype(np.uint8)
+        Dataset.from_dict({"image": list(arrays)}, features=features).to_parquet(tmp_path / "images.parquet")
+    else:
+        numbered_images(range(4)).to_parquet(tmp_path / "images.parquet")
+    [batch] = take(CropLoader(arguments(tmp_path / "images.parquet"), num_channels), 0, 1)
+    assert [tuple(crops.shape) for crops in batch.crops] == [(8, num_channels, 32, 32), (8, num_channels, 16, 16)]
+
+
+@WORKERS
+def test_epoch_of_a_stream_visits_every_image_once_in_another_order_each_time(tmp_path, num_workers):
+    folder = write_shards(tmp_path / "images", 16, 2)
+    loader = CropLoader(arguments(folder, streaming=True, num_workers=num_workers), 3)
+    batches = take(loader, 0, 12)
+    epochs = [sum(map(numbers_in, batches[start : start + 4]), []) for start in (0, 4, 8)]
+    for visited in epochs:
+        assert sorted(visited) == list(range(16))
+    assert len({tuple(visited) for visited in epochs}) == 3
+    assert list(range(16)) not in epochs
+
+
+def test_epoch_of_a_stream_leaves_out_what_does_not_fill_a_batch(tmp_path):
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 14, 2), streaming=True), 3)
+    batches = take(loader, 0, 6)
+    for start in (0, 3):
+        visited = sum(map(numbers_in, batches[start : start + 3]), [])
+        assert len(set(visited)) == 12
+    assert loader.epoch == 1
+
+
+def test_images_of_a_stream_are_cropped_differently_in_every_epoch(tmp_path):
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 4, 1), streaming=True), 3)
+    batches = take(loader, 0, 3)
+    factors = [batch.photometrics[0].factors.sort(0).values for batch in batches]
+    assert not torch.isclose(factors[0], factors[1]).any() and not torch.isclose(factors[1], factors[2]).any()
+
+
+def test_shards_of_a_stream_change_their_order_every_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", BATCH_SIZE)
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 16, 4), streaming=True), 3)
+    shards = [{number // BATCH_SIZE for number in numbers_in(batch)} for batch in take(loader, 0, 16)]
+    assert all(len(shard) == 1 for shard in shards)  # a window is a shard here, so these are not mixed
+    orders = [tuple(shard.pop() for shard in shards[start : start + 4]) for start in range(0, 16, 4)]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert len(set(orders)) > 1
+
+
+@WORKERS
+@pytest.mark.parametrize("first_step", [1, 4, 6])  # within the first epoch, at its end, within the second
+def test_stream_goes_on_as_if_uninterrupted(tmp_path, first_step, num_workers):
+    args = arguments(write_shards(tmp_path / "images", 16, 2), streaming=True, num_workers=num_workers)
+    loader = CropLoader(args, 3)
+    batches = loader.batches(10)
+    uninterrupted = [next(batches) for _ in range(first_step)]
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    uninterrupted += [next(batches) for _ in range(10 - first_step)]
+    resumed = take(CropLoader(args, 3), first_step, 10, state)
+    assert_equal_batches(resumed, uninterrupted[first_step:])
+
+
+def test_stream_can_be_interrupted_twice(tmp_path):
+    args = arguments(write_shards(tmp_path / "images", 14, 2), streaming=True)
+    uninterrupted, resumed, state = take(CropLoader(args, 3), 0, 8), [], None
+    for first_step, num_steps in ((0, 2), (2, 5), (5, 8)):
+        loader = CropLoader(args, 3)
+        resumed += take(loader, first_step, num_steps, state)
+        state = loader.state_dict()
+    assert_equal_batches(resumed, uninterrupted)
+
+
+def test_stream_with_too_few_images_for_a_batch_is_an_error(tmp_path):
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 3, 1), streaming=True), 3)
+    with pytest.raises(ValueError, match=r"fewer images .* batch of 4"):
+        take(loader, 0, 1)
+
+
+def test_number_of_images_of_a_stream_is_the_one_that_is_given(tmp_path):
+    folder = write_shards(tmp_path / "images", 8, 1)
+    assert CropLoader(arguments(folder, streaming=True, num_examples=8), 3).num_images == 8
+    assert CropLoader(arguments(folder, streaming=True), 3).num_images is None

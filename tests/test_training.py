@@ -1,0 +1,175 @@
+"""Whole runs through the real commands, on a network of a few thousand parameters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+
+RECIPE = {
+    "model_config": "vit_tiny_patch16",
+    "config_overrides": {
+        "image_size": 16, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "out_dim": 32, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "drop_path_rate": 0.0,
+    },
+    "global_crop_size": 16, "local_crop_size": 8, "num_local_crops": 2, "num_workers": 0, "warmup_epochs": 0,
+    "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "save_steps": 3, "save_total_limit": 9,
+    "eval_crop_pct": 1.0, "base_learning_rate": 0.03,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return str(path)
+
+
+def command(*argv, launcher=("-m",), module="training", **environment):
+    # one thread: sums then come out the same in every process
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *launcher, module, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def trained(*argv, **options):
+    finished = command(*argv, **options)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir):
+    return [line["loss"] for line in metrics(output_dir) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def run(recipe, parquet_folder, tmp_path_factory):
+    """Ten steps with k-NN in between; the folder and what was printed."""
+    output_dir = tmp_path_factory.mktemp("run")
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", output_dir)
+    return output_dir, trained(*argv, "--eval_split", "test", "--eval_steps", "5")
+
+
+def test_run_writes_metrics_of_every_step_and_knn_before_the_first(run):
+    output_dir, _ = run
+    steps = [line for line in metrics(output_dir) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert {"loss_over_ln_k", "teacher_entropy", "learning_rate", "images_per_second"} <= set(steps[0])
+    assert steps[0]["loss"] == pytest.approx(steps[0]["loss_over_ln_k"] * torch.tensor(32.0).log().item(), rel=1e-6)
+    assert 0 < steps[0]["teacher_entropy"] <= torch.tensor(32.0).log().item() + 1e-5
+    assert [line["step"] for line in metrics(output_dir) if "knn_10_top1" in line] == [0, 5, 10]
+
+
+def test_printed_snippet_loads_the_teacher(run, tmp_path):
+    output_dir, printed = run
+    snippet = printed[printed.index("import modeling_dino") :].strip()
+    assert len(snippet.splitlines()) == 5
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg")
+    code = snippet + "\nprint(tuple(features.shape), type(model).__name__)"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert shown.stdout.split("\n")[-2] == "(1, 24) DINOModel", shown.stderr
+    published, checkpoint = (
+        load_file(output_dir / path)
+        for path in ("model.safetensors", "checkpoints/step_0000010/teacher/model.safetensors")
+    )
+    assert published and all(torch.equal(tensor, checkpoint[f"dino.{name}"]) for name, tensor in published.items())
+
+
+def test_curves_are_drawn(run):
+    with Image.open(run[0] / "curves.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_run_resumes_as_if_it_had_never_stopped(run, recipe, parquet_folder, tmp_path):
+    output_dir, _ = run
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
+    trained(*argv, "--resume_from_checkpoint", output_dir / "checkpoints/step_0000006")
+    assert losses(tmp_path) == losses(output_dir)[6:]
+    resumed, uninterrupted = (load_file(folder / "model.safetensors") for folder in (tmp_path, output_dir))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in uninterrupted.items())
+
+
+def test_another_run_is_not_overwritten_by_accident(run, recipe, parquet_folder):
+    before = metrics(run[0])
+    finished = command("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", run[0])
+    assert finished.returncode == 2 and "holds another run" in finished.stderr
+    assert metrics(run[0]) == before
+
+
+def test_stream_trains_and_resumes(recipe, parquet_folder, tmp_path):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--streaming", "--num_examples", "40")
+    trained(*argv, "--output_dir", tmp_path / "whole")
+    trained(
+        *argv, "--output_dir", tmp_path / "rest",
+        "--resume_from_checkpoint", tmp_path / "whole/checkpoints/step_0000006",
+    )  # fmt: skip
+    assert len(losses(tmp_path / "whole")) == 10
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[6:]
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(run, recipe, parquet_folder, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--per_device_train_batch_size", "4")
+    trained(*argv, "--output_dir", tmp_path, "--eval_split", "test", "--eval_steps", "5", launcher=launcher)
+    assert losses(tmp_path) == pytest.approx(losses(run[0]), rel=1e-5)
+    two, one = (load_file(folder / "model.safetensors") for folder in (tmp_path, run[0]))
+    for name, tensor in one.items():
+        if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding noise
+            torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    knn = [[line["knn_10_top1"] for line in metrics(folder) if "knn_10_top1" in line] for folder in (tmp_path, run[0])]
+    assert knn[0] == pytest.approx(knn[1], abs=100 / 12 + 1e-6)  # 12 images; one may sit on the border
+
+
+def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run, recipe, parquet_folder, tmp_path):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
+    trained(*argv, ACCELERATE_MIXED_PRECISION="bf16")
+    assert losses(tmp_path) == pytest.approx(losses(run[0]), rel=0.03)
+    assert losses(tmp_path) != losses(run[0])
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_unlabelled_flat_folder_of_one_channel(recipe, flat_folder, tmp_path):
+    overrides = [f"{name}={value}" for name, value in RECIPE["config_overrides"].items()]
+    argv = ("--config", recipe, "--dataset_name", flat_folder, "--output_dir", tmp_path, "--num_local_crops", "0")
+    trained(*argv, "--config_overrides", *overrides, "num_channels=1", "--image_mean", "0.5", "--image_std", "0.2")
+    assert len(losses(tmp_path)) == 2
+
+
+def test_knn_command_writes_results_beside_baselines(run, parquet_folder, tmp_path):
+    output = tmp_path / "results.json"
+    argv = (
+        "knn",
+        "--model",
+        run[0],
+        "--dataset_name",
+        parquet_folder,
+        "--train_split",
+        "train",
+        "--eval_split",
+        "test",
+    )
+    printed = trained(
+        *argv, "--label_column", "kind", "--k", "1", "10", "--baselines", "--output", output, module="evaluation"
+    )
+    report = json.loads(output.read_text())
+    assert set(report["baselines"]) == {"untrained network", "raw pixels"}
+    assert report["values"]["knn_10_top1"] == metrics(run[0])[-1]["knn_10_top1"]
+    assert f"{report['values']['knn_1_top1']:.1f}" in printed
+
+
+def test_attention_command_draws_every_image_and_head(run, parquet_folder, tmp_path):
+    argv = ("attention", "--model", run[0], "--dataset_name", parquet_folder, "--num_images", "3")
+    trained(*argv, "--output", tmp_path / "attention.png", module="evaluation")
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.width / picture.height == pytest.approx((1.3 * 4) / (1.3 * 3 + 0.25), rel=0.02)
