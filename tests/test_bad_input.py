@@ -40,12 +40,15 @@ def out(tmp_path):
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (
             ["--config", "nothing.yaml"],
-            "there is no file nothing.yaml; those that come with the package are cifar10_cpu",
+            "no file nothing.yaml; those that come with the package are cifar10_cpu, ",
         ),
         (["--global_crops_scale", "0.9", "0.1"], "0 < lowest <= highest <= 1, got [0.9, 0.1]"),
         (["--blur_probability", "0.5"], "blur_probability must be 3 numbers"),
         (["--flip_probability", "1.5"], "flip_probability must be between 0 and 1, got 1.5"),
-        (["--dataset_name", "x", "--output_dir", "y", "--num_train_epochs", "0"], "num_train_epochs must be at least 1, got 0"),
+        (
+            ["--dataset_name", "x", "--output_dir", "y", "--num_train_epochs", "0"],
+            "num_train_epochs must be at least 1, got 0",
+        ),
         (["--output_dir", "x"], "dataset_name is missing; give --dataset_name"),
     ],
 )

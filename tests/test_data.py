@@ -19,7 +19,6 @@ from training.data import CropLoader
 
 
 # torchdata 0.11 calls it whenever a StatefulDataLoader is made; the project's code does not
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
 NUM_IMAGES = 6
 

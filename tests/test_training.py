@@ -19,8 +19,8 @@ RECIPE = {
         "out_dim": 32, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "drop_path_rate": 0.0,
     },
     "global_crop_size": 16, "local_crop_size": 8, "num_local_crops": 2, "num_workers": 0, "warmup_epochs": 0,
-    "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "save_steps": 3, "save_total_limit": 9,
-    "eval_crop_pct": 1.0, "base_learning_rate": 0.03,
+    "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "save_steps": 3,
+    "save_total_limit": 9, "eval_crop_pct": 1.0, "base_learning_rate": 0.03,
 }  # fmt: skip
 
 

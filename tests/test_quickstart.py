@@ -1,0 +1,34 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from evaluation.images import load_images
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    subprocess.run([sys.executable, "-m", "training.quickstart", folder], check=True, capture_output=True)
+    return folder
+
+
+def test_digits_are_split_without_overlap(digits):
+    train, test = (load_images(str(digits), split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1297, 500)
+    assert set(train["label"]) == set(test["label"]) == set(range(10))
+
+
+def test_recipe_takes_a_few_steps(digits, tmp_path):
+    """The recipe itself, cut short: five minutes of it are `make quickstart`."""
+    argv = ["--config", "quickstart", "--dataset_name", digits, "--output_dir", tmp_path, "--max_steps", "4"]
+    limits = ["--warmup_epochs", "0", "--eval_steps", "4", "--max_eval_samples", "100", "--logging_steps", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "training", *argv, *limits], check=True, capture_output=True, env=environment
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 4]
+    assert lines[0]["knn_10_top1"] > 20  # an untrained network is no blind one
