@@ -1,8 +1,10 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from accelerate import PartialState, debug_launcher
+from accelerate import PartialState
 
 from training.loss import DINOLoss
 
@@ -82,7 +84,10 @@ def update_center_unevenly(path):
 
 
 def test_center_is_the_mean_over_all_processes(tmp_path):
-    debug_launcher(update_center_unevenly, args=(str(tmp_path),), num_processes=2)
+    # in a process of its own: one that knows its number of processes would pass that on
+    code = f"debug_launcher(update_center_unevenly, args=({str(tmp_path)!r},), num_processes=2)"
+    imports = "from accelerate import debug_launcher; from tests.test_loss import update_center_unevenly; "
+    subprocess.run([sys.executable, "-c", imports + code], check=True, capture_output=True, timeout=120)
     expected = 0.1 * torch.arange(12.0).view(4, 3).mean(0, keepdim=True)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
