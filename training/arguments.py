@@ -44,7 +44,7 @@ class TrainingArguments(AugmentationArguments):
         default=5e-4, help="Peak learning rate per 256 images; scaled by the batch of all processes."
     )
     min_learning_rate: float = HfArg(default=1e-6, help="Learning rate at the end; not scaled by the batch.")
-    warmup_epochs: int = HfArg(default=10, help="Epochs of linear learning rate warm-up.")
+    warmup_epochs: float = HfArg(default=10, help="Epochs of linear learning rate warm-up.")
     weight_decay: float = HfArg(default=0.04, help="Weight decay at the start.")
     weight_decay_end: float = HfArg(default=0.4, help="Weight decay at the end, reached by a cosine.")
     clip_grad: float = HfArg(default=3.0, help="Largest norm of each parameter's gradient; 0 does not clip.")

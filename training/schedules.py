@@ -54,14 +54,14 @@ class Schedule:
         self.args = args
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = num_steps
-        self.warmup_steps = args.warmup_epochs * steps_per_epoch
+        self.warmup_steps = round(args.warmup_epochs * steps_per_epoch)
         self.peak_learning_rate = args.base_learning_rate * global_batch_size / 256
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            warmup_steps = getattr(args, name) * steps_per_epoch
+            warmup_steps = round(getattr(args, name) * steps_per_epoch)
             if warmup_steps > num_steps or (name == "warmup_epochs" and warmup_steps == num_steps):
                 raise ValueError(
-                    f"{name} = {getattr(args, name)} is {warmup_steps} steps at {steps_per_epoch} steps an epoch, and "
-                    f"the training has only {num_steps}"
+                    f"{name} = {getattr(args, name):g} is {warmup_steps} steps at {steps_per_epoch} steps an epoch, "
+                    f"and the training has only {num_steps}"
                 )
 
     def __call__(self, step: int) -> Hyperparameters:
