@@ -3,20 +3,23 @@
 from pathlib import Path
 
 from PIL.Image import Resampling
-from transformers import ViTImageProcessor
+from transformers import ViTImageProcessor, ViTImageProcessorPil
 
+from evaluation.images import PILLOW_MODES
 from modeling_dino import DINOConfig, DINOModel
 
 from .arguments import TrainingArguments
 
 
-def make_image_processor(args: TrainingArguments, config: DINOConfig) -> ViTImageProcessor:
+def make_image_processor(args: TrainingArguments, config: DINOConfig) -> ViTImageProcessorPil | ViTImageProcessor:
     """Evaluation's transform: shorter side to `image_size / eval_crop_pct` (bicubic), centre crop, normalise.
 
-    The stock processor of ViT does all of it, so that a checkpoint needs no code for it.
+    The stock processor of ViT does all of it, so that a checkpoint needs no code for it. Its Pillow kind, the same to
+    the pixel as `dino-eval` uses, where Pillow knows the number of channels.
     """
     size, num_channels = config.image_size, config.num_channels
-    return ViTImageProcessor(
+    processor_class = ViTImageProcessorPil if num_channels in PILLOW_MODES else ViTImageProcessor
+    return processor_class(
         size={"shortest_edge": round(size / args.eval_crop_pct)},
         resample=Resampling.BICUBIC,
         do_center_crop=True,
@@ -31,7 +34,7 @@ def _per_channel(values: list[float], num_channels: int) -> list[float]:
     return values * num_channels if len(values) == 1 else values
 
 
-def publish(backbone: DINOModel, image_processor: ViTImageProcessor, output_dir: Path) -> str:
+def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImageProcessor, output_dir: Path) -> str:
     """Saves backbone and image processor into `output_dir`; returns the five lines that load them."""
     backbone.save_pretrained(output_dir)
     image_processor.save_pretrained(output_dir)
