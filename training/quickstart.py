@@ -1,7 +1,8 @@
 """Images for a first try that need no download: `python -m training.quickstart FOLDER`.
 
-scikit-learn's 1797 handwritten digits, 8 x 8 pixels each. They are centred and scaled alike, which is why raw pixels
-tell them apart so well; what DINO shows here is how far it takes an untrained network without a label.
+scikit-learn's 1797 handwritten digits, 8 x 8 pixels each, enlarged to 32 x 32: crops of so few pixels would otherwise
+have a handful of places to be. The digits are centred and scaled alike, which is why raw pixels tell them apart so
+well; what DINO shows here is how far it takes an untrained network without a label.
 """
 
 import sys
@@ -16,6 +17,7 @@ from evaluation.command_line import run
 
 
 NUM_TRAIN = 1297
+SIZE = (32, 32)
 
 
 def write_digits(folder: Path) -> None:
@@ -26,7 +28,8 @@ def write_digits(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, indices in (("train", order[:NUM_TRAIN]), ("test", order[NUM_TRAIN:])):
         pixels = (digits.images[indices] * 255 / 16).astype(np.uint8)
-        rows = {"image": [PillowImage.fromarray(image) for image in pixels], "label": digits.target[indices].tolist()}
+        images = [PillowImage.fromarray(image).resize(SIZE, PillowImage.Resampling.BICUBIC) for image in pixels]
+        rows = {"image": images, "label": digits.target[indices].tolist()}
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
         print(f"wrote {len(indices)} images to {folder} ({split})")
 
