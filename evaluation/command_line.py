@@ -43,5 +43,8 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
         if debug:
             raise
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        print(f"{prog}: error: {' '.join(str(cause).split())}", file=sys.stderr)
+        message = str(cause)
+        if "Original Traceback" in message:  # what a loader's worker makes of the error; its last line is the error
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

@@ -80,7 +80,10 @@ def extract_features(
     if state.num_processes > 1:
         dataset = split_dataset_by_node(dataset, state.process_index, state.num_processes)
     collate = ImageCollator(image_processor, model.config.num_channels)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    # a generator of its own: without one, evaluation in the midst of training changes what training draws next
+    loader = DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
+    )
     num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
     was_training = model.training
     model.eval()

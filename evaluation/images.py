@@ -5,6 +5,8 @@ Images stay encoded until somebody needs pixels, and then `decode_image` is the 
 
 import io
 from pathlib import Path
+from tarfile import ReadError
+from zipfile import BadZipFile
 
 import numpy as np
 from datasets import (
@@ -17,22 +19,37 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-from datasets.features import Array3D, ClassLabel
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+from datasets.features import Array3D, ClassLabel, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PillowImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
 
 IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
-def _load(dataset_name: str, config_name: str | None, split: str, streaming: bool):
-    """A split, or all of them where there is no such split, so that the caller can name them."""
+def _split_folders(path: Path) -> dict[str, str]:
+    """Split -> all files of its folder, if `path` holds folders of splits and nothing else; else all is `train`.
+
+    Left to itself, `datasets` also takes words in file names for splits, and `my-test.png` out of the training.
+    """
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    words = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+    if folders and all(folder.name in words for folder in folders):
+        return {words[folder.name]: f"{folder}/**" for folder in folders}
+    return {"train": f"{path}/**"}
+
+
+def _load(dataset_name: str, config_name: str | None, streaming: bool):
+    """All splits of a data set."""
     path = Path(dataset_name).expanduser()
     if not path.exists():
-        if dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1 or path.suffix:
+        is_path = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1
+        if is_path or path.suffix in FILE_BUILDERS:
             raise ValueError(f"there is no file or folder {dataset_name}")
         try:
             return load_dataset(dataset_name, config_name, streaming=streaming)
@@ -44,13 +61,12 @@ def _load(dataset_name: str, config_name: str | None, split: str, streaming: boo
         except (ConnectionError, OSError) as error:
             raise ValueError(f"{dataset_name} is no local path, and the Hub could not be asked: {error}") from error
     if path.is_file():
-        builder = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}.get(path.suffix)
-        if builder is None:
+        if path.suffix not in FILE_BUILDERS:
             raise ValueError(f"{dataset_name} is a file; allowed are .parquet, .arrow, .tar or a folder")
-        return load_dataset(builder, data_files={split: str(path)}, streaming=streaming)
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved = load_from_disk(str(path))
-        saved = saved if isinstance(saved, DatasetDict) else DatasetDict({split: saved})
+        saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
         if streaming:
             return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
         return saved
@@ -63,7 +79,7 @@ def _load(dataset_name: str, config_name: str | None, split: str, streaming: boo
                 f"reads, and for .parquet, .arrow, .tar and .zip; found {len(files)} files"
                 + (f" ({', '.join(found[:9])})" if found else "")
             )
-        return load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+        return load_dataset("imagefolder", data_files=_split_folders(path), streaming=streaming)
     try:
         return load_dataset(str(path), config_name, streaming=streaming)
     except DataFilesNotFoundError as error:
@@ -77,7 +93,7 @@ def _find_image_column(features: Features, image_column: str | None) -> str:
             raise ValueError(f"there is no column {image_column} (--image_column); the columns are {columns}")
         if not isinstance(features[image_column], (Image, Array3D)):
             raise ValueError(f"column {image_column} holds no images but {features[image_column]}")
-        return image_column
+        return _check_array(features, image_column)
     candidates = [name for name, feature in features.items() if isinstance(feature, (Image, Array3D))]
     if not candidates:
         raise ValueError(f"the data set has no image column; the columns are {columns}")
@@ -85,7 +101,13 @@ def _find_image_column(features: Features, image_column: str | None) -> str:
         raise ValueError(
             f"the data set has several image columns, choose with --image_column: {', '.join(candidates)}"
         )
-    return candidates[0]
+    return _check_array(features, candidates[0])
+
+
+def _check_array(features: Features, column: str) -> str:
+    if isinstance(features[column], Array3D) and features[column].dtype != "uint8":
+        raise ValueError(f"arrays of images must be uint8, those in column {column} are {features[column].dtype}")
+    return column
 
 
 def _find_label_column(features: Features, label_column: str | None) -> str | None:
@@ -94,6 +116,8 @@ def _find_label_column(features: Features, label_column: str | None) -> str | No
             raise ValueError(
                 f"there is no column {label_column} (--label_column); the columns are {', '.join(features)}"
             )
+        if not isinstance(features[label_column], (ClassLabel, Value)):
+            raise ValueError(f"column {label_column} holds no labels, one an image, but {features[label_column]}")
         return label_column
     candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     return candidates[0] if len(candidates) == 1 else "label" if "label" in features else None
@@ -113,7 +137,7 @@ def load_images(
         dataset_name: A Hub id, or a path: a folder of images (in class folders, or flat and so without labels), of
             parquet, Arrow or tar files, one such file, or what `save_to_disk` wrote.
         config_name: Configuration of a data set that has several.
-        split: Name of the split.
+        split: Name of the split. One file, or a folder without folders of splits, is `train`.
         image_column: Column of the images. Default: the only one that holds images.
         label_column: Column of the labels. Default: the only class column, or else `label`, or else none.
         streaming: Read while iterating, instead of preparing the whole data set first.
@@ -121,7 +145,10 @@ def load_images(
     Raises:
         ValueError: whatever is missing; says what there is instead.
     """
-    splits = _load(dataset_name, config_name, split, streaming)
+    try:
+        splits = _load(dataset_name, config_name, streaming)
+    except (DatasetGenerationError, BadZipFile, ReadError) as error:
+        raise ValueError(f"{dataset_name} cannot be read: {error.__cause__ or error}") from error
     if split not in splits:
         raise ValueError(f"{dataset_name} has no split {split}; its splits are {', '.join(splits)}")
     dataset = splits[split]
@@ -130,11 +157,12 @@ def load_images(
     image_column = _find_image_column(dataset.features, image_column)
     label_column = _find_label_column(dataset.features, label_column)
     chosen = {image_column: "image"} | ({} if label_column is None else {label_column: "label"})
+    if isinstance(dataset.features[image_column], Image):
+        # first of all: what a stream does to its rows afterwards would decode each and encode it again
+        dataset = dataset.cast_column(image_column, Image(decode=False))
     dataset = dataset.select_columns(list(chosen))
-    dataset = dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
-    if isinstance(dataset.features["image"], Image):
-        dataset = dataset.cast_column("image", Image(decode=False))
-    return dataset
+    renamed = {old: new for old, new in chosen.items() if old != new}
+    return dataset.rename_columns(renamed) if renamed else dataset
 
 
 def image_content(image: dict | list | np.ndarray) -> bytes:
@@ -154,6 +182,9 @@ def decode_image(image: dict | list | np.ndarray, num_channels: int, content: by
         image: What a row of `load_images` holds in `image`.
         num_channels: Channels that the model takes.
         content: The file's bytes, if they have been read already.
+
+    Raises:
+        ValueError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
     """
     if not isinstance(image, dict):
         array = np.asarray(image, dtype=np.uint8)
@@ -164,6 +195,13 @@ def decode_image(image: dict | list | np.ndarray, num_channels: int, content: by
         return np.ascontiguousarray(array)
     if num_channels not in PILLOW_MODES:
         raise ValueError(f"an image file has 1, 3 or 4 channels, the model takes {num_channels}; use an array column")
-    with PillowImage.open(io.BytesIO(content or image_content(image))) as file:
-        pixels = np.array(ImageOps.exif_transpose(file).convert(PILLOW_MODES[num_channels]))
+    name = image["path"] or "without a file name"
+    try:
+        with PillowImage.open(io.BytesIO(content or image_content(image))) as file:
+            if file.mode[0] in "IF":
+                raise ValueError(f"images must have 8 bits a channel, image {name} has Pillow's mode {file.mode}")
+            pixels = np.array(ImageOps.exif_transpose(file).convert(PILLOW_MODES[num_channels]))
+    except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
+        reason = "no image file" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"image {name} cannot be decoded: {reason}") from error
     return pixels.reshape(*pixels.shape[:2], num_channels).transpose(2, 0, 1)

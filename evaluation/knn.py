@@ -44,10 +44,14 @@ def knn_accuracy(
     num_train, num_test = len(train_features), len(test_features)
     if not num_train or not num_test:
         raise ValueError(f"k-NN needs training and test images, got {num_train} and {num_test}")
+    if any(label is None for label in [*train_labels, *test_labels]):
+        raise ValueError("k-NN needs a label of every image, and there are some without")
     if min(k) < 1:
         raise ValueError(f"k must be at least 1, got {min(k)}")
     if max(k) > num_train:
-        warnings.warn(f"k = {max(k)} exceeds the {num_train} training images and is clipped to them", stacklevel=2)
+        warnings.warn(
+            f"k = {max(k)} exceeds the {num_train} training images and is clipped to them", stacklevel=3
+        )  # past no_grad
     ks = sorted({min(neighbours, num_train) for neighbours in k})
 
     device = train_features.device

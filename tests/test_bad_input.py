@@ -1,11 +1,15 @@
 """Every mistake: one line on stderr that says what was given and what is allowed, and exit code 2."""
 
+import shutil
+
 import pytest
 import yaml
 
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.command_line import run
 from training.__main__ import train_from_command_line
+from training.arguments import parse_arguments
+from training.train import load_config
 
 from .test_training import RECIPE, command
 
@@ -66,6 +70,13 @@ def test_flags(argv, message, capsys):
             "the model's config has no field hiden_size, did you mean hidden_size?",
         ),
         ({"config_overrides": {"hidden_size": "wide"}}, "Field 'hidden_size' expected int, got str"),
+        ({"seed": [1, 2]}, "seed must be one value, got [1, 2]"),
+        ({"image_mean": []}, "--image-mean: expected at least one argument"),
+        ({"base_learning_rate": float("nan")}, "base_learning_rate must be at least 0, got nan"),
+        ({"config_overrides": {"hidden_act": "foo"}}, "hidden_act must be one of "),
+        ({"config_overrides": {"mlp_ratio": 0}}, "mlp_ratio must be above 0, got 0"),
+        ({"config_overrides": ["out_dim=[1"]}, "Field 'out_dim' expected int, got str"),
+        ({"config_overrides": ["out_dim"]}, "config_overrides must be written as field=value, got out_dim"),
         ({"local_crop_size": 12}, "local_crop_size must be a multiple of the patch size 16, got 12"),
         (
             {"model_config": "vit_huge"},
@@ -98,17 +109,67 @@ def test_run(flags, message, recipe, parquet_folder, out, capsys):
     assert message in answer(train_from_command_line, argv, capsys)
 
 
+def test_model_config_that_is_none(recipe, parquet_folder, out, tmp_path, capsys):
+    for content, message in (("[1, 2]", "must map names of the config's fields"), ("{", "model.json is not JSON")):
+        (tmp_path / "model.json").write_text(content)
+        argv = (*recipe(model_config=str(tmp_path / "model.json")), "--dataset_name", parquet_folder, *out)
+        assert message in answer(train_from_command_line, argv, capsys)
+
+
+def test_flags_add_to_the_overrides_of_a_recipe(recipe):
+    args = parse_arguments([*map(str, recipe()), "--config_overrides", "out_dim=8", "layer_norm_eps=1e-5",
+                            "--dataset_name", "x", "--output_dir", "y"])  # fmt: skip
+    config = load_config(args)
+    assert (config.out_dim, config.layer_norm_eps, config.hidden_size) == (8, 1e-5, 24)
+
+
+def test_broken_image_is_named(recipe, flat_folder, tmp_path, capsys):
+    for path in flat_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:100])
+    for num_workers in (0, 1):
+        argv = (*recipe(), "--dataset_name", tmp_path, "--output_dir", tmp_path / "out", "--num_workers", num_workers)
+        assert "dino: error: image " in (message := answer(train_from_command_line, argv, capsys))
+        assert ".png cannot be decoded: " in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps of accelerate launch must be 1"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision of accelerate launch must be no or bf16, got fp16"),
+    ],
+)
+def test_settings_of_the_launcher_that_training_would_not_follow(
+    variable, value, message, recipe, parquet_folder, out
+):
+    finished = command(*recipe(), "--dataset_name", parquet_folder, *out, **{variable: value})
+    assert finished.returncode == 2 and message in finished.stderr and finished.stderr.count("\n") == 1
+
+
+def test_checkpoint_of_another_network(recipe, parquet_folder, out, capsys):
+    argv = ("--dataset_name", parquet_folder, *out)
+    assert command(*recipe(max_steps=1), *argv).returncode == 0
+    changed = ("--resume_from_checkpoint", "latest", "--config_overrides", "out_dim=16")
+    assert "is another network: it has out_dim 32, not 16" in answer(
+        train_from_command_line, (*recipe(), *argv, *changed), capsys
+    )
+
+
 def test_data(recipe, flat_folder, tmp_path, out, capsys):
     def ask(dataset_name, *flags):
         return answer(train_from_command_line, (*recipe(), "--dataset_name", dataset_name, *out, *flags), capsys)
 
     assert "there is no file or folder" in ask(tmp_path / "nothing")
-    assert "nobody/nothing is no local path, and the Hub could not be asked" in ask("nobody/nothing")
+    for name in ("nobody/nothing", "user/imagenet-v2.0"):
+        assert f"{name} is no local path, and the Hub could not be asked" in ask(name)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.doc").write_text("no image")
     message = ask(tmp_path / "texts")
     assert "no images in" in message and "looked in all folders" in message and "found 1 files (.doc)" in message
-    assert "the length of this stream is unknown: give --num_examples" in ask(flat_folder, "--streaming")
+    # a folder of its own: of one that was prepared before, `datasets` remembers the length
+    shutil.copytree(flat_folder, tmp_path / "stream")
+    assert "the length of this stream is unknown: give --num_examples" in ask(tmp_path / "stream", "--streaming")
     assert "--eval_steps needs labels" in ask(flat_folder, "--eval_steps", "1", "--eval_split", "train")
 
 

@@ -120,9 +120,50 @@ def test_flat_folder_has_images_without_labels(tmp_path, streaming):
     assert sorted(numbers_of(dataset)) == list(range(NUM_IMAGES))
 
 
-def test_images_stay_encoded(tmp_path):
-    [row] = load_images(str(write_parquet_folder(tmp_path / "images"))).select([2])
-    assert image_content(row["image"]) == encoded(numbered_picture(2))
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("column", ["image", "img"])
+def test_images_stay_encoded(tmp_path, column, streaming):
+    """JPEG, which a decoding and encoding on the way would change."""
+    contents = [encoded(numbered_picture(i), "jpeg") for i in range(NUM_IMAGES)]
+    rows = {column: [{"bytes": content, "path": None} for content in contents]}
+    Dataset.from_dict(rows, features=Features({column: datasets.Image()})).to_parquet(tmp_path / "images.parquet")
+    dataset = load_images(str(tmp_path / "images.parquet"), streaming=streaming)
+    assert [image_content(row["image"]) for row in dataset] == contents
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.png", "b.png", "my-test.png", "train_1.png", "validation.png"], None),
+        (["cat/1.png", "dog/2.png", "train/3.png", "train/4.png", "test-1/5.png"], {"cat", "dog", "train", "test-1"}),
+    ],
+)
+def test_no_word_in_a_file_name_takes_an_image_away(tmp_path, names, labels, streaming):
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(numbered_picture(number)))
+    dataset = load_images(str(tmp_path), streaming=streaming)
+    assert sorted(numbers_of(dataset)) == list(range(5))
+    assert (set(dataset.features["label"].names) if labels else dataset.column_names) == (labels or ["image"])
+
+
+def test_folders_of_splits_are_splits(tmp_path):
+    for number, name in enumerate(["train/a/0.png", "train/b/1.png", "val/a/2.png", "val/b/my-test.png"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(numbered_picture(number)))
+    splits = {split: load_images(str(tmp_path), split=split) for split in ("train", "validation")}
+    assert {split: sorted(numbers_of(part)) for split, part in splits.items()} == {
+        "train": [0, 1],
+        "validation": [2, 3],
+    }
+    assert splits["validation"].features["label"].names == ["a", "b"]
+
+
+def test_one_file_is_no_split_to_evaluate_on(tmp_path):
+    """It would be the same images as those that it is measured against."""
+    with pytest.raises(ValueError, match="has no split test; its splits are train"):
+        load_images(str(write_parquet_file(tmp_path / "images")), split="test")
 
 
 def test_content_of_an_image_in_a_folder_is_its_file(tmp_path):
@@ -176,6 +217,28 @@ def test_no_image_column_is_an_error_that_lists_the_columns(tmp_path, streaming)
     Dataset.from_dict({"text": ["a"], "number": [1]}).to_parquet(tmp_path / "text.parquet")
     with pytest.raises(ValueError, match="no image column.*text, number"):
         load_images(str(tmp_path / "text.parquet"), streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    ("feature", "rows", "message"),
+    [
+        (datasets.Image(), [{"bytes": b"x", "path": None}], "column other holds no labels"),
+        (datasets.Sequence(Value("int64")), [[1, 2]], "column other holds no labels"),
+    ],
+)
+def test_column_that_is_no_label_is_an_error(tmp_path, feature, rows, message):
+    features = Features({"image": datasets.Image(), "other": feature})
+    image = [{"bytes": encoded(numbered_picture(0)), "path": None}]
+    Dataset.from_dict({"image": image, "other": rows}, features=features).to_parquet(tmp_path / "images.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_images(str(tmp_path / "images.parquet"), image_column="image", label_column="other")
+
+
+def test_arrays_of_more_than_8_bits_are_an_error(tmp_path):
+    features = Features({"image": Array3D((2, 4, 4), "uint16")})
+    Dataset.from_dict({"image": [np.zeros((2, 4, 4), np.uint16)]}, features=features).save_to_disk(tmp_path / "images")
+    with pytest.raises(ValueError, match="must be uint8, those in column image are uint16"):
+        load_images(str(tmp_path / "images"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere.parquet", "a/b/c"])
@@ -246,6 +309,20 @@ def test_file_is_read_from_its_path_or_from_bytes_at_hand(tmp_path):
     (tmp_path / "image.png").unlink()
     pixels = decode_image(image, 3, content=encoded(numbered_picture(4)))
     np.testing.assert_array_equal(pixels, numbered_picture(4).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encoded(np.full((4, 4), 3000, np.uint16)), "photo.png has Pillow's mode I;16"),
+        (encoded(numbered_picture(0))[:200], "photo.png cannot be decoded: "),
+        (b"no image at all", "photo.png cannot be decoded: no image file"),
+        (b"", "photo.png cannot be decoded: "),
+    ],
+)
+def test_image_that_cannot_be_decoded_faithfully_is_an_error_that_names_it(content, message):
+    with pytest.raises(ValueError, match=message):
+        decode_image({"bytes": content, "path": "photo.png"}, 3)
 
 
 def test_file_cannot_have_five_channels():

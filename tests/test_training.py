@@ -16,7 +16,7 @@ RECIPE = {
     "model_config": "vit_tiny_patch16",
     "config_overrides": {
         "image_size": 16, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "out_dim": 32, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "drop_path_rate": 0.0,
+        "out_dim": 32, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "drop_path_rate": 0.3,
     },
     "global_crop_size": 16, "local_crop_size": 8, "num_local_crops": 2, "num_workers": 0, "warmup_epochs": 0,
     "per_device_train_batch_size": 8, "num_train_epochs": 2, "logging_steps": 1, "save_steps": 3,
@@ -70,15 +70,21 @@ def test_run_writes_metrics_of_every_step_and_knn_before_the_first(run):
     assert [line["step"] for line in metrics(output_dir) if "knn_10_top1" in line] == [0, 5, 10]
 
 
-def test_printed_snippet_loads_the_teacher(run, tmp_path):
-    output_dir, printed = run
+def run_snippet(printed: str, folder) -> str:
+    """Runs the five lines that a run ends with where there is an `image.jpg`; returns shape and class they lead to."""
     snippet = printed[printed.index("import modeling_dino") :].strip()
     assert len(snippet.splitlines()) == 5
-    Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg")
+    Image.new("RGB", (40, 30)).save(folder / "image.jpg")
     code = snippet + "\nprint(tuple(features.shape), type(model).__name__)"
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert shown.stdout.split("\n")[-2] == "(1, 24) DINOModel", shown.stderr
+    shown = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout.split("\n")[-2]
+
+
+def test_printed_snippet_loads_the_teacher(run, tmp_path):
+    output_dir, printed = run
+    assert run_snippet(printed, tmp_path) == "(1, 24) DINOModel"
     published, checkpoint = (
         load_file(output_dir / path)
         for path in ("model.safetensors", "checkpoints/step_0000010/teacher/model.safetensors")
@@ -100,6 +106,52 @@ def test_run_resumes_as_if_it_had_never_stopped(run, recipe, parquet_folder, tmp
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in uninterrupted.items())
 
 
+def test_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(recipe, parquet_folder, tmp_path):
+    """Stopped between two lines of metrics, with k-NN on: neither may show in any of the later lines."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--logging_steps", "2")
+    trained(*argv, "--output_dir", tmp_path / "whole")
+    trained(
+        *argv, "--output_dir", tmp_path / "rest", "--eval_steps", "4",
+        "--resume_from_checkpoint", tmp_path / "whole/checkpoints/step_0000003",
+    )  # fmt: skip
+    whole, rest = (
+        [{**line, "images_per_second": None} for line in metrics(tmp_path / name) if "loss" in line]
+        for name in ("whole", "rest")
+    )
+    assert [line["step"] for line in rest] == [4, 6, 8, 10]
+    assert rest == whole[1:]
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_afterwards(recipe, parquet_folder, tmp_path):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
+    trained(*argv)
+    limits = ("--save_steps", "1", "--max_steps", "5", "--save_total_limit", "2")
+    trained(*argv, "--resume_from_checkpoint", tmp_path / "checkpoints/step_0000003", *limits)
+    names = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_0000004", "step_0000005", *(f"step_{step:07d}.aside" for step in (6, 9, 10))}
+    finished = command(*argv, "--resume_from_checkpoint", "latest", "--max_steps", "5")
+    assert finished.returncode == 2 and "has done 5 steps already, and the training has 5" in finished.stderr
+
+
+def test_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_checkpoint(recipe, parquet_folder, tmp_path):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
+    finished = command(*argv, "--base_learning_rate", "1e30", "--save_steps", "1", "--warmup_epochs", "1")
+    assert finished.returncode == 2 and "the loss is nan at step" in finished.stderr, finished.stderr
+    [*_, last] = sorted(tmp_path.glob("checkpoints/step_*"))
+    assert str(last) in finished.stderr
+    assert not (tmp_path / "model.safetensors").exists()
+    assert all(line["loss"] < 100 for line in metrics(tmp_path))
+
+
+def test_half_a_line_of_metrics_does_not_keep_a_run_from_going_on(recipe, parquet_folder, tmp_path):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
+    trained(*argv, "--max_steps", "6")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    trained(*argv, "--max_steps", "8", "--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 9))
+
+
 def test_another_run_is_not_overwritten_by_accident(run, recipe, parquet_folder):
     before = metrics(run[0])
     finished = command("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", run[0])
@@ -118,16 +170,23 @@ def test_stream_trains_and_resumes(recipe, parquet_folder, tmp_path):
     assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[6:]
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(run, recipe, parquet_folder, tmp_path):
+def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder, tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
-    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--per_device_train_batch_size", "4")
-    trained(*argv, "--output_dir", tmp_path, "--eval_split", "test", "--eval_steps", "5", launcher=launcher)
-    assert losses(tmp_path) == pytest.approx(losses(run[0]), rel=1e-5)
-    two, one = (load_file(folder / "model.safetensors") for folder in (tmp_path, run[0]))
+    # paths are dropped by each process for itself
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
+    evaluation = ("--eval_split", "test", "--eval_steps", "5")
+    trained(*argv, "--output_dir", tmp_path / "one", *evaluation)
+    trained(
+        *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", launcher=launcher
+    )  # fmt: skip
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, tensor in one.items():
         if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding noise
             torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
-    knn = [[line["knn_10_top1"] for line in metrics(folder) if "knn_10_top1" in line] for folder in (tmp_path, run[0])]
+    knn = [
+        [line["knn_10_top1"] for line in metrics(tmp_path / name) if "knn_10_top1" in line] for name in ("two", "one")
+    ]
     assert knn[0] == pytest.approx(knn[1], abs=100 / 12 + 1e-6)  # 12 images; one may sit on the border
 
 
@@ -140,10 +199,10 @@ def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run, recipe, parquet_folder
 
 
 def test_unlabelled_flat_folder_of_one_channel(recipe, flat_folder, tmp_path):
-    overrides = [f"{name}={value}" for name, value in RECIPE["config_overrides"].items()]
     argv = ("--config", recipe, "--dataset_name", flat_folder, "--output_dir", tmp_path, "--num_local_crops", "0")
-    trained(*argv, "--config_overrides", *overrides, "num_channels=1", "--image_mean", "0.5", "--image_std", "0.2")
+    printed = trained(*argv, "--config_overrides", "num_channels=1", "--image_mean", "0.5", "--image_std", "0.2")
     assert len(losses(tmp_path)) == 2
+    assert run_snippet(printed, tmp_path) == "(1, 24) DINOModel"
 
 
 def test_knn_command_writes_results_beside_baselines(run, parquet_folder, tmp_path):

@@ -74,7 +74,7 @@ def test_adamw_trajectory_is_the_originals(monkeypatch):
                 # A bias of the keys adds the same to all scores of a query, which the softmax ignores: its gradient
                 # is rounding noise, which Adam turns into steps of full size. No two machines agree on it.
                 queries, keys, values = range(48), range(48, 96), range(96, 144)
-                torch.testing.assert_close(ours[list(keys)], theirs[list(keys)], rtol=0, atol=1e-2)
+                torch.testing.assert_close(ours[list(keys)], theirs[list(keys)], rtol=0, atol=5e-4)
                 both = [*queries, *values]
                 ours, theirs = ours[both], theirs[both]
             torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6, msg=f"{name} {key}")

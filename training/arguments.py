@@ -1,8 +1,10 @@
 """The settings of a run and how they are read: defaults, then the YAML of --config, then flags."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_origin
 
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -34,7 +36,8 @@ class TrainingArguments(AugmentationArguments):
         default="vit_small_patch16", help="JSON of a DINOConfig: a path, or a name in configs/models."
     )
     config_overrides: list[str] = HfArg(
-        default_factory=list, help="Fields of the model's config to change, as out_dim=4096 norm_last_layer=false."
+        default_factory=list,
+        help="Fields of the model's config to change, as out_dim=4096 norm_last_layer=false; on top of the recipe's.",
     )
 
     num_train_epochs: int = HfArg(default=100, help="Epochs to train.")
@@ -89,10 +92,10 @@ class TrainingArguments(AugmentationArguments):
         for name in ("num_workers", "warmup_epochs", "freeze_last_layer_epochs", "warmup_teacher_temp_epochs", "seed",
                      "weight_decay", "weight_decay_end", "clip_grad", "base_learning_rate",
                      "min_learning_rate"):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # so that nan is none
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("momentum_teacher", "center_momentum"):
             if not 0 <= getattr(self, name) <= 1:
@@ -124,15 +127,19 @@ def _yaml_flags(path: Path) -> list[str]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must map names of settings to values, got a {type(recipe).__name__}")
     names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    lists = [field.name for field in dataclasses.fields(TrainingArguments) if get_origin(field.type) is list]
     flags = []
     for key, value in recipe.items():
         if key not in names:
             raise ValueError(f"{path}: there is no setting {key}{nearest(str(key), names)}")
-        if isinstance(value, dict):
-            value = [f"{name}={item}" for name, item in value.items()]
-        if value not in (None, []):
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
+        if value is None or (key == "config_overrides" and not value):
+            continue
+        if key == "config_overrides" and isinstance(value, dict):
+            value = [f"{name}={json.dumps(item)}" for name, item in value.items()]
+        if isinstance(value, dict) or (isinstance(value, list) and key not in lists):
+            raise ValueError(f"{path}: {key} must be one value, got {value}")
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in values)]
     return flags
 
 
@@ -152,8 +159,10 @@ def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArgume
         path = find_config(given.config, CONFIGS, ".yaml")
         recipe = _yaml_flags(path)
         parser.prog = f"{prog}: {path}"
-        parser.parse_known_args(recipe)  # a wrong value is reported with the name of the file
+        recipe_overrides = parser.parse_known_args(recipe)[0].config_overrides  # reports a wrong value with the file
         parser.prog = prog
         argv = recipe + argv
     namespace = vars(parser.parse_args(argv))
+    if given.config is not None and given.config_overrides:
+        namespace["config_overrides"] = recipe_overrides + given.config_overrides  # the last of a field counts
     return TrainingArguments(**{field.name: namespace[field.name] for field in dataclasses.fields(TrainingArguments)})

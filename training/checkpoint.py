@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step_0000100/` holds `student/` and `teacher/` in the Hugging Face format, so that either opens by
-`from_pretrained`; `state.pt` (centre, optimiser, step); and one `rank_N.pt` a process (random state, place in data).
+`from_pretrained`; `state.pt` (centre, optimiser, step); and one `rank_N.pt` a process (random state, place in the
+data, sums of the metrics that have not been written yet).
 """
 
 import re
@@ -31,6 +32,8 @@ def save_checkpoint(
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
     data_state: dict | None,
+    running: torch.Tensor,
+    image_processor,
     total_limit: int,
 ) -> None:
     """Writes under a temporary name, renames when all processes are done, then drops the oldest above the limit."""
@@ -40,19 +43,30 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         student.save_pretrained(unfinished / "student")
         teacher.save_pretrained(unfinished / "teacher")
+        image_processor.save_pretrained(unfinished / "teacher")
         state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict()}
         torch.save(state, unfinished / "state.pt")
     accelerator.wait_for_everyone()
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"random": random, "data": data_state}, unfinished / f"rank_{accelerator.process_index}.pt")
+    rank = {"random": random, "data": data_state, "running": running}
+    torch.save(rank, unfinished / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         for old in list_checkpoints(output_dir)[:-total_limit]:
             shutil.rmtree(old)
+
+
+def set_later_checkpoints_aside(output_dir: Path, step: int) -> None:
+    """Renames checkpoints of more than `step` steps, which a run that goes on from there would take for its own."""
+    for folder in list_checkpoints(output_dir):
+        if int(folder.name.removeprefix("step_")) > step:
+            aside = folder.with_name(folder.name + ".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
@@ -79,10 +93,23 @@ def load_checkpoint(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, dict | None]:
-    """Puts a checkpoint's state into what is given; returns the steps done and this process's place in the data."""
+) -> tuple[int, dict | None, torch.Tensor]:
+    """Puts a checkpoint's state into what is given.
+
+    Returns:
+        The steps done, this process's place in the data, and its running sums of the metrics.
+
+    Raises:
+        ValueError: a checkpoint of another network, or of fewer processes.
+    """
     for name, model in (("student", student), ("teacher", teacher)):
         saved = DINOForPreTraining.from_pretrained(folder / name)
+        ours, theirs = model.config.to_dict(), saved.config.to_dict()
+        about_the_file = ("_name_or_path", "architectures", "dtype", "transformers_version")
+        differing = [key for key in ours if key not in about_the_file and ours[key] != theirs.get(key)]
+        if differing:
+            changes = ", ".join(f"{key} {theirs.get(key)}, not {ours.get(key)}" for key in differing)
+            raise ValueError(f"the {name} of {folder} is another network: it has {changes}")
         model.load_state_dict(saved.state_dict())
     state = torch.load(folder / "state.pt", map_location=accelerator.device, weights_only=True)
     dino_loss.center.copy_(state["center"])
@@ -97,4 +124,4 @@ def load_checkpoint(
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])
-    return state["step"], rank["data"]
+    return state["step"], rank["data"], rank["running"].to(accelerator.device)

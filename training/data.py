@@ -125,6 +125,8 @@ class CropLoader:
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.args.num_workers > 0,
             "collate_fn": collate,
+            # of its own, so that making a loader draws nothing from the generator that drops paths
+            "generator": torch.Generator(),
         }
         batch_size = self.args.per_device_train_batch_size
         if isinstance(self.dataset, Dataset):
@@ -139,6 +141,11 @@ class CropLoader:
         self.loader = StatefulDataLoader(stream, batch_size=batch_size, drop_last=True, **options)
         self.epoch = 0
         if state is not None:
+            if state["num_workers"] != self.args.num_workers:
+                raise ValueError(
+                    f"the stream was left by {state['num_workers']} workers a process and goes on with as many; "
+                    f"num_workers is {self.args.num_workers}"
+                )
             self.epoch = state["epoch"]
             self.loader.load_state_dict(state["loader"])
         while True:
@@ -157,4 +164,4 @@ class CropLoader:
         """Where a stream stands after the last batch taken; map-style data needs nothing but the step."""
         if isinstance(self.dataset, Dataset):
             return None
-        return {"epoch": self.epoch, "loader": self.loader.state_dict()}
+        return {"epoch": self.epoch, "num_workers": self.args.num_workers, "loader": self.loader.state_dict()}

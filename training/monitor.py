@@ -25,7 +25,9 @@ class Monitor:
         self.metrics_file = output_dir / "metrics.jsonl"
         if enabled:
             kept = [line for line in read_metrics(output_dir) if line["step"] <= first_step] if first_step else []
-            self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            rewritten = self.metrics_file.with_suffix(".tmp")
+            rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            rewritten.replace(self.metrics_file)
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -75,9 +77,9 @@ class Monitor:
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`."""
+    """The lines of a run's `metrics.jsonl`, but for a last one that a crash has cut short."""
     file = output_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
 def draw_curves(output_dir: Path, out_dim: int) -> Path:

@@ -58,7 +58,7 @@ class Schedule:
         self.peak_learning_rate = args.base_learning_rate * global_batch_size / 256
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             warmup_steps = round(getattr(args, name) * steps_per_epoch)
-            if warmup_steps > num_steps or (name == "warmup_epochs" and warmup_steps == num_steps):
+            if warmup_steps > num_steps:
                 raise ValueError(
                     f"{name} = {getattr(args, name):g} is {warmup_steps} steps at {steps_per_epoch} steps an epoch, "
                     f"and the training has only {num_steps}"

@@ -5,13 +5,14 @@ import json
 import math
 import os
 import shutil
+import warnings
+from itertools import chain
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from huggingface_hub.errors import StrictDataclassError
 
 from evaluation.command_line import nearest
@@ -22,7 +23,13 @@ from modeling_dino import DINOConfig, DINOForPreTraining
 
 from .arguments import CONFIGS, TrainingArguments, find_config
 from .augmentation import CropBatch, apply_photometrics
-from .checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_later_checkpoints_aside,
+)
 from .data import CropLoader
 from .loss import DINOLoss
 from .monitor import Monitor, draw_curves
@@ -38,12 +45,20 @@ def load_config(args: TrainingArguments) -> DINOConfig:
         ValueError: an unknown field (names the nearest one), a wrong type, or sizes that do not fit one another.
     """
     path = find_config(args.model_config, CONFIGS / "models", ".json")
-    fields = json.loads(path.read_text())
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must map names of the config's fields to values, got a {type(fields).__name__}")
     for override in args.config_overrides:
         name, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"config_overrides must be written as field=value, got {override}")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value  # a word
     allowed = DINOConfig().to_dict()
     for name in fields:
         if name not in allowed:
@@ -90,7 +105,11 @@ def count_steps(args: TrainingArguments, num_images: int | None, global_batch_si
 
 
 class KNNEvaluation:
-    """k-NN of the teacher while training; loads its images before the first step, so that errors come early."""
+    """k-NN of the teacher while training; loads its images before the first step, so that errors come early.
+
+    With `max_eval_samples`, a stream is drawn from through a window of a thousand images, so one that is sorted by
+    class may lack classes.
+    """
 
     def __init__(self, args: TrainingArguments, image_processor):
         self.args = args
@@ -126,6 +145,13 @@ class KNNEvaluation:
                 self.args.num_workers if isinstance(dataset, Dataset) else 0,
                 description,
             )
+        labels = self.splits[0].features["label"]
+        num_classes = len(set(features_and_labels[1].tolist()))
+        if isinstance(labels, ClassLabel) and num_classes < labels.num_classes:
+            warnings.warn(
+                f"the k-NN bank has images of {num_classes} of the {labels.num_classes} classes: raise "
+                "--max_eval_samples, or do without --streaming"
+            )
         k = [k for k in (10, 20, 100, 200) if k <= len(features_and_labels[0])] or [1]
         return knn_accuracy(*features_and_labels, k=k)
 
@@ -140,7 +166,7 @@ def train_step(
     batch: CropBatch,
     now: Hyperparameters,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step. `student` may be wrapped by DDP. Returns the loss and the teacher's logits."""
+    """One step. `student` may be wrapped by DDP. Returns the loss and the mean entropy of the teacher's targets."""
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
@@ -153,6 +179,7 @@ def train_step(
         teacher_logits = teacher(crops[0]).logits
     student_logits = student(crops).logits
     loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
+    entropy = torch.special.entr(dino_loss.teacher_probs(teacher_logits, now.teacher_temp)).sum(-1).mean()
     accelerator.backward(loss)
 
     unwrapped = accelerator.unwrap_model(student)
@@ -164,19 +191,44 @@ def train_step(
     optimizer.zero_grad()
     dino_loss.update_center(teacher_logits)
     update_teacher_(teacher, unwrapped, now.teacher_momentum)
-    return loss.detach(), teacher_logits
+    return loss.detach(), entropy
 
 
-def train(args: TrainingArguments) -> Path:
-    """Trains as `args` says; returns the folder with the teacher's backbone, its image processor and the metrics."""
+def make_accelerator() -> Accelerator:
+    """The launcher's processes and precision.
+
+    Raises:
+        ValueError: a launcher that Accelerate does not see, or settings of it that training would not follow.
+    """
     accelerator = Accelerator()
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
             "on CPU, set ACCELERATE_USE_CPU=true"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradients are not accumulated: gradient_accumulation_steps of accelerate launch must be 1, got "
+            f"{accelerator.gradient_accumulation_steps}"
+        )
+    requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if requested not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision of accelerate launch must be no or bf16, got {requested}")
+    return accelerator
+
+
+def train(args: TrainingArguments) -> Path:
+    """Trains as `args` says; returns the folder with the teacher's backbone, its image processor and the metrics.
+
+    Raises:
+        ValueError: settings or data that do not do, before anything is written; or a loss that is no number any more,
+            which leaves the last checkpoint from before.
+    """
+    accelerator = make_accelerator()
     output_dir = Path(args.output_dir)
     config = load_config(args)
+    if config.use_bn_in_head and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise ValueError("use_bn_in_head needs one process, or GPUs: on CPU its statistics cannot be shared")
     image_processor = make_image_processor(args, config)
     loader = CropLoader(args, config.num_channels)
     global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
@@ -184,7 +236,8 @@ def train(args: TrainingArguments) -> Path:
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     evaluate = KNNEvaluation(args, image_processor) if args.eval_steps else None
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    if (output_dir / "metrics.jsonl").exists() and not checkpoint and not args.overwrite_output_dir:
+    holds_run = (output_dir / "metrics.jsonl").exists() or list_checkpoints(output_dir)
+    if holds_run and not checkpoint and not args.overwrite_output_dir:
         raise ValueError(
             f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
             "--overwrite_output_dir to lose it"
@@ -193,20 +246,34 @@ def train(args: TrainingArguments) -> Path:
     set_seed(args.seed)
     student = DINOForPreTraining(config)
     teacher = make_teacher(student)
+    if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
+        student, teacher = (torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in (student, teacher))
     dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum).to(accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
     model, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
-    output_dir.mkdir(parents=True, exist_ok=True)
     first_step, data_state = 0, None
+    running = torch.zeros(
+        3, device=accelerator.device
+    )  # loss, teacher entropy and steps since the last line of metrics
     if checkpoint:
-        first_step, data_state = load_checkpoint(accelerator, checkpoint, student, teacher, dino_loss, optimizer)
-    elif accelerator.is_main_process:
-        for old in list_checkpoints(output_dir):
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        first_step, data_state, running = load_checkpoint(
+            accelerator, checkpoint, student, teacher, dino_loss, optimizer
+        )
+        if first_step >= num_steps:
+            raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
+    batches = loader.batches(num_steps, first_step, data_state)
+    batches = chain([next(batches)], batches)  # images that cannot be read are found before another run is deleted
 
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        if checkpoint:
+            set_later_checkpoints_aside(output_dir, first_step)
+        else:
+            for old in list_checkpoints(output_dir):
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
     monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process)
 
     def run_evaluation(step: int) -> None:
@@ -219,42 +286,45 @@ def train(args: TrainingArguments) -> Path:
 
     if evaluate and not first_step:
         run_evaluation(0)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    batches = loader.batches(num_steps, first_step, data_state)
     model.train()
     for step in range(first_step, num_steps):
         now = schedule(step)
-        loss, teacher_logits = train_step(accelerator, args, model, teacher, dino_loss, optimizer, next(batches), now)
-        loss_sum += loss
+        loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, next(batches), now)
+        running += torch.stack([loss, entropy, torch.ones_like(loss)])
         monitor.count(global_batch_size)
         done = step + 1
-        if done % args.logging_steps == 0 or done == num_steps:
-            num_losses = (done - first_step - 1) % args.logging_steps + 1
-            mean_loss = accelerator.reduce(loss_sum / num_losses, "mean").item()
-            loss_sum.zero_()
-            probs = dino_loss.teacher_probs(teacher_logits, now.teacher_temp)
-            entropy = torch.special.entr(probs).sum(-1).mean()
+        is_last = done == num_steps
+        log_now, save_now = (
+            is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
+        )
+        if log_now or save_now:
+            sums = accelerator.reduce(running, "sum").tolist()
+            if not math.isfinite(sums[0]):
+                raise ValueError(stopped_learning(done, sums[0], output_dir))
+        if log_now:
+            mean_loss = sums[0] / sums[2]
             monitor.log_step(
                 done,
                 {
                     "epoch": done / steps_per_epoch,
                     "loss": mean_loss,
                     "loss_over_ln_k": mean_loss / math.log(config.out_dim),
-                    "teacher_entropy": accelerator.reduce(entropy, "mean").item(),
+                    "teacher_entropy": sums[1] / sums[2],
                     "learning_rate": now.learning_rate,
                     "weight_decay": now.weight_decay,
                     "teacher_momentum": now.teacher_momentum,
                     "teacher_temp": now.teacher_temp,
                 },
             )
-        if done % (args.save_steps or steps_per_epoch) == 0 or done == num_steps:
+            running.zero_()
+        if save_now:
             elapsed = monitor.pause()
             save_checkpoint(
-                accelerator, output_dir, done, student, teacher, dino_loss, optimizer, loader.state_dict(),
-                args.save_total_limit,
+                accelerator, output_dir, done, student, teacher, dino_loss, optimizer, loader.state_dict(), running,
+                image_processor, args.save_total_limit,
             )  # fmt: skip
             monitor.resume(elapsed)
-        if evaluate and (done % args.eval_steps == 0 or done == num_steps):
+        if evaluate and (is_last or done % args.eval_steps == 0):
             run_evaluation(done)
     monitor.close()
 
@@ -264,3 +334,9 @@ def train(args: TrainingArguments) -> Path:
         monitor.say(f"\nThe teacher's backbone is in {output_dir}, its curves in {curves}. To use it:\n\n{snippet}\n")
     accelerator.end_training()
     return output_dir
+
+
+def stopped_learning(step: int, loss: float, output_dir: Path) -> str:
+    checkpoints = list_checkpoints(output_dir)
+    kept = f"{checkpoints[-1]} is the last checkpoint before" if checkpoints else "there is no checkpoint yet"
+    return f"the loss is {loss} at step {step}; {kept}. Lower base_learning_rate, or leave bf16"
