@@ -1,13 +1,47 @@
-"""DINO for transformers. Importing it makes `AutoConfig`, `AutoModel` and `AutoModelForPreTraining` know it."""
+"""DINO for transformers. Importing it makes the auto classes know it: configuration, model, heads and backbone."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)
 
 from .configuration_dino import DINOConfig
-from .modeling_dino import DINOForPreTraining, DINOHead, DINOModel, DINOPreTrainedModel
+from .modeling_dino import (
+    DINOBackbone,
+    DINOForImageClassification,
+    DINOForPreTraining,
+    DINOHead,
+    DINOModel,
+    DINOPreTrainedModel,
+)
 
 
 AutoConfig.register("dino", DINOConfig, exist_ok=True)
-AutoModel.register(DINOConfig, DINOModel, exist_ok=True)
-AutoModelForPreTraining.register(DINOConfig, DINOForPreTraining, exist_ok=True)
+DINOConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, DINOModel),
+    (AutoBackbone, DINOBackbone),
+    (AutoModelForImageClassification, DINOForImageClassification),
+    (AutoModelForPreTraining, DINOForPreTraining),
+):
+    _auto_class.register(DINOConfig, _model_class, exist_ok=True)
+    _model_class.register_for_auto_class(_auto_class.__name__)  # its code goes along when it is saved
+AutoImageProcessor.register(
+    DINOConfig, image_processor_classes={"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}, exist_ok=True
+)
 
-__all__ = ["DINOConfig", "DINOForPreTraining", "DINOHead", "DINOModel", "DINOPreTrainedModel"]
+__all__ = [
+    "DINOBackbone",
+    "DINOConfig",
+    "DINOForImageClassification",
+    "DINOForPreTraining",
+    "DINOHead",
+    "DINOModel",
+    "DINOPreTrainedModel",
+]

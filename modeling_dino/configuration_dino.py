@@ -1,21 +1,31 @@
 """DINO model configuration."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 _AT_LEAST_ONE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels"),
-    *("out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers"),
+    *("out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers", "n_last_blocks"),
 )
+# which class opens a saved folder for which auto class, all of them from the same checkpoint
+_AUTO_MAP = {
+    "AutoConfig": "configuration_dino.DINOConfig",
+    "AutoModel": "modeling_dino.DINOModel",
+    "AutoBackbone": "modeling_dino.DINOBackbone",
+    "AutoModelForImageClassification": "modeling_dino.DINOForImageClassification",
+    "AutoModelForPreTraining": "modeling_dino.DINOForPreTraining",
+}
 
 
 @strict
-class DINOConfig(PreTrainedConfig):
+class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of [`DINOModel`] (a Vision Transformer) and of the projection head that [`DINOForPreTraining`] puts
-    on it. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536 prototypes.
+    Configuration of [`DINOModel`] (a Vision Transformer) and of what is put on it: the projection head of
+    [`DINOForPreTraining`], the linear classifier of [`DINOForImageClassification`], the feature maps of
+    [`DINOBackbone`]. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536 prototypes.
 
     Args:
         hidden_size (`int`, defaults to 384): Width of the tokens.
@@ -42,6 +52,23 @@ class DINOConfig(PreTrainedConfig):
         use_bn_in_head (`bool`, defaults to `False`): Whether the head's hidden layers have batch normalisation.
         norm_last_layer (`bool`, defaults to `True`):
             Whether the prototypes' gain is fixed to 1, which is more stable; `False` is better for ViT-S.
+        n_last_blocks (`int`, defaults to 4):
+            From how many last blocks the classifier takes the CLS token, each after the final norm. The paper takes 4
+            of ViT-S and 1 of ViT-B.
+        avgpool_patchtokens (`bool`, defaults to `False`):
+            Whether the classifier also takes the mean of the last block's patch tokens, as the paper does for ViT-B.
+        interleave_features (`bool`, defaults to `False`):
+            Whether CLS and mean alternate channel by channel, `[cls_0, mean_0, cls_1, ...]`, as in the classifiers
+            released for ViT-B, instead of following one another. Needs `n_last_blocks=1` and `avgpool_patchtokens`.
+        freeze_backbone (`bool`, defaults to `False`):
+            Whether training the classifier leaves the backbone as it is (linear probe), in evaluation mode and without
+            gradients, or trains all of it (fine-tuning).
+        out_features (`list[str]`, *optional*):
+            Which of `stem`, `stage1`, ..., one a block, [`DINOBackbone`] returns. Default: the last.
+        out_indices (`list[int]`, *optional*): The same by number; 0 is `stem`.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Another backbone in place of the Vision Transformer above: any model of transformers that pools its
+            features (ResNet, ConvNeXt, Swin, ...), or of timm by `TimmWrapperConfig`. A `dict` names its `model_type`.
 
     Raises:
         A type error of `huggingface_hub` for a value of the wrong type, `ValueError` for sizes that do not fit.
@@ -54,6 +81,7 @@ class DINOConfig(PreTrainedConfig):
     ```"""
 
     model_type = "dino"
+    sub_configs = {"backbone_config": PreTrainedConfig}
 
     hidden_size: int = 384
     num_hidden_layers: int = 12
@@ -74,6 +102,27 @@ class DINOConfig(PreTrainedConfig):
     head_num_layers: int = 3
     use_bn_in_head: bool = False
     norm_last_layer: bool = True
+    n_last_blocks: int = 4
+    avgpool_patchtokens: bool = False
+    interleave_features: bool = False
+    freeze_backbone: bool = False
+    backbone_config: dict | PreTrainedConfig | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict):
+            backbone = dict(self.backbone_config)
+            model_type = backbone.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f"backbone_config must have the model_type of a transformers model, got {model_type}")
+            self.backbone_config = CONFIG_MAPPING[model_type](**backbone)
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        kwargs["auto_map"] = dict(_AUTO_MAP)
+        super().__post_init__(**kwargs)
 
     def validate_sizes(self):
         for name, value in vars(self).items():
@@ -95,6 +144,13 @@ class DINOConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {self.drop_path_rate}")
+
+    def validate_classifier(self):
+        if self.interleave_features and not (self.avgpool_patchtokens and self.n_last_blocks == 1):
+            raise ValueError(
+                "interleave_features needs avgpool_patchtokens and n_last_blocks = 1, got "
+                f"{self.avgpool_patchtokens} and {self.n_last_blocks}"
+            )
 
     def validate_position_interpolation(self):
         if self.position_interpolation not in ("scale_factor", "size"):

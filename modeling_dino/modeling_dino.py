@@ -1,4 +1,4 @@
-"""DINO (arXiv 2104.14294): a Vision Transformer and the projection head it is pretrained with.
+"""DINO (arXiv 2104.14294): a Vision Transformer, the projection head it is pretrained with, and what is made of it.
 
 Where it departs from ViT of transformers, on purpose, because the original does so too: stochastic depth grows with
 the block, position embeddings are resampled by scale factor, queries, keys and values are one parameter (gradients are
@@ -11,11 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    ModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
@@ -197,13 +203,17 @@ class DINOPrototypes(nn.Module):
 class DINOHead(nn.Module):
     """Projection head: an MLP, L2 normalisation, and one cosine similarity a prototype.
 
-    Takes features (rows, hidden_size) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
+    Takes features (rows, num_features) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
+
+    Args:
+        config: Sizes of the head.
+        num_features: Width of the features. Default: the config's `hidden_size`.
     """
 
-    def __init__(self, config: DINOConfig):
+    def __init__(self, config: DINOConfig, num_features: int | None = None):
         super().__init__()
         hidden_dims = [config.head_hidden_dim] * (config.head_num_layers - 1)
-        layers, in_dim = [], config.hidden_size
+        layers, in_dim = [], config.hidden_size if num_features is None else num_features
         for hidden_dim in hidden_dims:
             layers.append(nn.Linear(in_dim, hidden_dim))
             if config.use_bn_in_head:
@@ -216,6 +226,10 @@ class DINOHead(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         bottleneck = nn.functional.normalize(self.mlp(features), dim=-1)
         return self.last_layer(bottleneck)
+
+
+class DINOClassifier(nn.Linear):
+    """A linear layer of its own kind, because the paper starts classifiers smaller than the network's other layers."""
 
 
 @auto_docstring
@@ -240,6 +254,9 @@ class DINOPreTrainedModel(PreTrainedModel):
         if isinstance(module, DINOEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=std)
             init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, DINOClassifier):  # `eval_linear.py` of the original
+            init.normal_(module.weight, std=0.01)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
@@ -260,12 +277,28 @@ class DINOPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight_g)
 
 
+def _num_features(backbone: PreTrainedModel) -> int:
+    """Width of the pooled features of a model of transformers, which names it in one of three ways."""
+    if backbone.config.model_type == "timm_wrapper":
+        return backbone.timm_model.num_features
+    return backbone.config.hidden_sizes[-1] if hasattr(backbone.config, "hidden_sizes") else backbone.config.hidden_size
+
+
 @auto_docstring(
-    custom_intro="The DINO Vision Transformer, without a head. Takes any image size that the patch size divides."
+    custom_intro="""
+    The DINO Vision Transformer, without a head, for any image size that the patch size divides. With a
+    `backbone_config` it is that other network instead, and `pooler_output` its pooled features.
+    """
 )
 class DINOModel(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
+        if config.backbone_config is not None:
+            self.backbone = AutoModel.from_config(config.backbone_config)
+            self.num_features = _num_features(self.backbone)
+            self.post_init()
+            return
+        self.num_features = config.hidden_size
         depth = config.num_hidden_layers
         drop_probs = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.embeddings = DINOEmbeddings(config)
@@ -277,11 +310,34 @@ class DINOModel(DINOPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        if self.config.backbone_config is not None:
+            output = self.backbone(pixel_values)
+            return BaseModelOutputWithPooling(
+                last_hidden_state=output.last_hidden_state, pooler_output=output.pooler_output.flatten(1)
+            )
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)  # (batch, 1 + patches, hidden)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+    def get_intermediate_layers(self, pixel_values: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
+        """The tokens (batch, 1 + patches, hidden) that the last `n` blocks put out, each after the final norm.
+
+        Earliest block first. `get_intermediate_layers` of the original; `output_hidden_states=True` gives them without
+        the norm.
+
+        Raises:
+            ValueError: if there are fewer than `n` blocks.
+        """
+        if self.config.backbone_config is not None or not 1 <= n <= len(self.layers):
+            raise ValueError(f"n must be from 1 to the number of blocks of a DINO Vision Transformer, got {n}")
+        hidden_states, outputs = self.embeddings(pixel_values), []
+        for number, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states)
+            if number >= len(self.layers) - n:
+                outputs.append(self.layernorm(hidden_states))
+        return outputs
 
 
 @auto_docstring(custom_intro="Output of [`DINOForPreTraining`].")
@@ -303,7 +359,7 @@ class DINOForPreTraining(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
         self.dino = DINOModel(config)
-        self.head = DINOHead(config)
+        self.head = DINOHead(config, self.dino.num_features)
         self.post_init()
 
     @can_return_tuple
@@ -327,4 +383,100 @@ class DINOForPreTraining(DINOPreTrainedModel):
         return DINOForPreTrainingOutput(logits=self.head(features), pooler_output=features)
 
 
-__all__ = ["DINOForPreTraining", "DINOHead", "DINOModel", "DINOPreTrainedModel"]
+@auto_docstring(
+    custom_intro="""
+    A linear classifier on DINO features: the paper's linear probe with `config.freeze_backbone`, fine-tuning without.
+    It sees the CLS token of the last `config.n_last_blocks` blocks and, with `config.avgpool_patchtokens`, the mean of
+    the last block's patch tokens; of another backbone, its pooled features.
+    """
+)
+class DINOForImageClassification(DINOPreTrainedModel):
+    def __init__(self, config: DINOConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.dino = DINOModel(config)
+        in_dim = self.dino.num_features
+        if config.backbone_config is None:
+            if config.n_last_blocks > config.num_hidden_layers:
+                raise ValueError(
+                    f"n_last_blocks must be at most the network's {config.num_hidden_layers} blocks, got "
+                    f"{config.n_last_blocks}"
+                )
+            in_dim *= config.n_last_blocks + config.avgpool_patchtokens
+        self.classifier = DINOClassifier(in_dim, config.num_labels)
+        self.post_init()
+        self.dino.requires_grad_(not config.freeze_backbone)
+
+    def train(self, mode: bool = True) -> "DINOForImageClassification":
+        """As of any module, but that a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.config.freeze_backbone:
+            self.dino.eval()
+        return self
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the classifier sees of images, (batch, in_features). `eval_linear.py` of the original."""
+        config = self.config
+        if config.backbone_config is not None:
+            return self.dino(pixel_values).pooler_output
+        layers = self.dino.get_intermediate_layers(pixel_values, config.n_last_blocks)
+        features = [tokens[:, 0] for tokens in layers]
+        if config.avgpool_patchtokens:
+            features.append(layers[-1][:, 1:].mean(1))
+        if config.interleave_features:
+            return torch.stack(features, dim=-1).flatten(1)  # cls_0, mean_0, cls_1, mean_1, ...
+        return torch.cat(features, dim=-1)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        # `from_pretrained` makes every parameter trainable, so the gradient is stopped here
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+            features = self.features(pixel_values)
+        logits = self.classifier(features)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+@auto_docstring(custom_intro="The DINO Vision Transformer as a backbone of dense heads (DETR, UperNet, ...).")
+class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
+    def __init__(self, config: DINOConfig):
+        super().__init__(config)
+        if config.backbone_config is not None:
+            raise ValueError(
+                f"DINOBackbone is a Vision Transformer; load {config.backbone_config.model_type} as AutoBackbone"
+            )
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.dino = DINOModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @auto_docstring
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        output = self.dino(pixel_values, **kwargs)
+        grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
+        feature_maps = tuple(
+            # (batch, 1 + patches, hidden) -> (batch, hidden, height, width) of the grid of patches
+            self.dino.layernorm(tokens)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            for name, tokens in zip(self.stage_names, output.hidden_states)
+            if name in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+__all__ = [
+    "DINOBackbone",
+    "DINOForImageClassification",
+    "DINOForPreTraining",
+    "DINOHead",
+    "DINOModel",
+    "DINOPreTrainedModel",
+]
