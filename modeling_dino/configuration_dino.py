@@ -1,7 +1,7 @@
 """DINO model configuration."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
@@ -66,9 +66,6 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features (`list[str]`, *optional*):
             Which of `stem`, `stage1`, ..., one a block, [`DINOBackbone`] returns. Default: the last.
         out_indices (`list[int]`, *optional*): The same by number; 0 is `stem`.
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Another backbone in place of the Vision Transformer above: any model of transformers that pools its
-            features (ResNet, ConvNeXt, Swin, ...), or of timm by `TimmWrapperConfig`. A `dict` names its `model_type`.
 
     Raises:
         A type error of `huggingface_hub` for a value of the wrong type, `ValueError` for sizes that do not fit.
@@ -81,7 +78,6 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "dino"
-    sub_configs = {"backbone_config": PreTrainedConfig}
 
     hidden_size: int = 384
     num_hidden_layers: int = 12
@@ -106,17 +102,10 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     avgpool_patchtokens: bool = False
     interleave_features: bool = False
     freeze_backbone: bool = False
-    backbone_config: dict | PreTrainedConfig | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.backbone_config, dict):
-            backbone = dict(self.backbone_config)
-            model_type = backbone.pop("model_type", None)
-            if model_type not in CONFIG_MAPPING:
-                raise ValueError(f"backbone_config must have the model_type of a transformers model, got {model_type}")
-            self.backbone_config = CONFIG_MAPPING[model_type](**backbone)
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)

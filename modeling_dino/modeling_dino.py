@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -203,17 +203,13 @@ class DINOPrototypes(nn.Module):
 class DINOHead(nn.Module):
     """Projection head: an MLP, L2 normalisation, and one cosine similarity a prototype.
 
-    Takes features (rows, num_features) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
-
-    Args:
-        config: Sizes of the head.
-        num_features: Width of the features. Default: the config's `hidden_size`.
+    Takes features (rows, hidden_size) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
     """
 
-    def __init__(self, config: DINOConfig, num_features: int | None = None):
+    def __init__(self, config: DINOConfig):
         super().__init__()
         hidden_dims = [config.head_hidden_dim] * (config.head_num_layers - 1)
-        layers, in_dim = [], config.hidden_size if num_features is None else num_features
+        layers, in_dim = [], config.hidden_size
         for hidden_dim in hidden_dims:
             layers.append(nn.Linear(in_dim, hidden_dim))
             if config.use_bn_in_head:
@@ -277,28 +273,12 @@ class DINOPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight_g)
 
 
-def _num_features(backbone: PreTrainedModel) -> int:
-    """Width of the pooled features of a model of transformers, which names it in one of three ways."""
-    if backbone.config.model_type == "timm_wrapper":
-        return backbone.timm_model.num_features
-    return backbone.config.hidden_sizes[-1] if hasattr(backbone.config, "hidden_sizes") else backbone.config.hidden_size
-
-
 @auto_docstring(
-    custom_intro="""
-    The DINO Vision Transformer, without a head, for any image size that the patch size divides. With a
-    `backbone_config` it is that other network instead, and `pooler_output` its pooled features.
-    """
+    custom_intro="The DINO Vision Transformer, without a head. Takes any image size that the patch size divides."
 )
 class DINOModel(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
-        if config.backbone_config is not None:
-            self.backbone = AutoModel.from_config(config.backbone_config)
-            self.num_features = _num_features(self.backbone)
-            self.post_init()
-            return
-        self.num_features = config.hidden_size
         depth = config.num_hidden_layers
         drop_probs = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.embeddings = DINOEmbeddings(config)
@@ -310,11 +290,6 @@ class DINOModel(DINOPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
-        if self.config.backbone_config is not None:
-            output = self.backbone(pixel_values)
-            return BaseModelOutputWithPooling(
-                last_hidden_state=output.last_hidden_state, pooler_output=output.pooler_output.flatten(1)
-            )
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
@@ -330,8 +305,8 @@ class DINOModel(DINOPreTrainedModel):
         Raises:
             ValueError: if there are fewer than `n` blocks.
         """
-        if self.config.backbone_config is not None or not 1 <= n <= len(self.layers):
-            raise ValueError(f"n must be from 1 to the number of blocks of a DINO Vision Transformer, got {n}")
+        if not 1 <= n <= len(self.layers):
+            raise ValueError(f"n must be from 1 to the network's {len(self.layers)} blocks, got {n}")
         hidden_states, outputs = self.embeddings(pixel_values), []
         for number, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states)
@@ -359,7 +334,7 @@ class DINOForPreTraining(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
         self.dino = DINOModel(config)
-        self.head = DINOHead(config, self.dino.num_features)
+        self.head = DINOHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -387,7 +362,7 @@ class DINOForPreTraining(DINOPreTrainedModel):
     custom_intro="""
     A linear classifier on DINO features: the paper's linear probe with `config.freeze_backbone`, fine-tuning without.
     It sees the CLS token of the last `config.n_last_blocks` blocks and, with `config.avgpool_patchtokens`, the mean of
-    the last block's patch tokens; of another backbone, its pooled features.
+    the last block's patch tokens.
     """
 )
 class DINOForImageClassification(DINOPreTrainedModel):
@@ -395,15 +370,13 @@ class DINOForImageClassification(DINOPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.dino = DINOModel(config)
-        in_dim = self.dino.num_features
-        if config.backbone_config is None:
-            if config.n_last_blocks > config.num_hidden_layers:
-                raise ValueError(
-                    f"n_last_blocks must be at most the network's {config.num_hidden_layers} blocks, got "
-                    f"{config.n_last_blocks}"
-                )
-            in_dim *= config.n_last_blocks + config.avgpool_patchtokens
-        self.classifier = DINOClassifier(in_dim, config.num_labels)
+        if config.n_last_blocks > config.num_hidden_layers:
+            raise ValueError(
+                f"n_last_blocks must be at most the network's {config.num_hidden_layers} blocks, got "
+                f"{config.n_last_blocks}"
+            )
+        num_features = config.hidden_size * (config.n_last_blocks + config.avgpool_patchtokens)
+        self.classifier = DINOClassifier(num_features, config.num_labels)
         self.post_init()
         self.dino.requires_grad_(not config.freeze_backbone)
 
@@ -417,8 +390,6 @@ class DINOForImageClassification(DINOPreTrainedModel):
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the classifier sees of images, (batch, in_features). `eval_linear.py` of the original."""
         config = self.config
-        if config.backbone_config is not None:
-            return self.dino(pixel_values).pooler_output
         layers = self.dino.get_intermediate_layers(pixel_values, config.n_last_blocks)
         features = [tokens[:, 0] for tokens in layers]
         if config.avgpool_patchtokens:
@@ -447,10 +418,6 @@ class DINOForImageClassification(DINOPreTrainedModel):
 class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
-        if config.backbone_config is not None:
-            raise ValueError(
-                f"DINOBackbone is a Vision Transformer; load {config.backbone_config.model_type} as AutoBackbone"
-            )
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.dino = DINOModel(config)
         self.post_init()
