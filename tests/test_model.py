@@ -6,6 +6,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 
+from evaluation.attention import cls_attention
 from modeling_dino import DINOConfig, DINOForPreTraining, DINOModel
 from training.arguments import CONFIGS
 
@@ -38,6 +39,20 @@ def test_outputs_equal_the_originals(original_backbone, size, attn_implementatio
         torch.testing.assert_close(normed, expected[f"{size}.normed_hidden.{i}"], **close)
     if attn_implementation == "eager":
         torch.testing.assert_close(output.attentions[-1], expected[f"{size}.last_attention"], **close)
+
+
+@pytest.mark.parametrize("size", ["native", "wide"])
+def test_attention_maps_are_what_cls_looks_at_in_the_original(original_backbone, size):
+    original_backbone.set_attn_implementation("sdpa")
+    expected = recorded("backbone_io")
+    pixel_values = expected[f"{size}.pixel_values"]
+    maps = cls_attention(original_backbone, pixel_values)
+    rows, columns = (side // 8 for side in pixel_values.shape[-2:])
+    assert maps.shape == (len(pixel_values), 3, rows, columns)
+    flat = expected[f"{size}.last_attention"][:, :, 0, 1:]  # of CLS, to all but itself
+    for row in range(rows):
+        torch.testing.assert_close(maps[:, :, row], flat[:, :, row * columns : (row + 1) * columns], rtol=0, atol=1e-6)
+    assert original_backbone.config._attn_implementation == "sdpa"
 
 
 def test_interpolation_by_size_is_the_one_of_transformers_vit():
