@@ -30,10 +30,24 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", "ruff>=0.12", "pre-commit>=4"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", "timm>=1.0"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
+            "scipy>=1.11",
+            "timm>=1.0",
+            "ruff>=0.12",
+            "pre-commit>=4",
+        ],
     },
-    entry_points={"console_scripts": ["dino-train = training.__main__:main", "dino-eval = evaluation.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "dino-train = training.__main__:main",
+            "dino-eval = evaluation.__main__:main",
+            "dino-convert = modeling_dino.convert_dino_checkpoint:main",
+        ]
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

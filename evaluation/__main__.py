@@ -15,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 import modeling_dino  # noqa: F401  makes AutoModel know DINO
+from modeling_dino.command_line import Parser, run
 
 from .attention import cls_attention, draw_attention
-from .command_line import Parser, run
 from .features import extract_features, load_model
 from .images import decode_image, load_images
 from .knn import knn_accuracy

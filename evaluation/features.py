@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
-from .images import PILLOW_MODES, decode_image
+from modeling_dino.image_processing_dino import PILLOW_MODES
+
+from .images import decode_image
 
 
 class ImageCollator:

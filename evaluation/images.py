@@ -26,10 +26,11 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image as PillowImage
 from PIL import ImageOps, UnidentifiedImageError
 
+from modeling_dino.image_processing_dino import PILLOW_MODES
+
 
 IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
 def _split_folders(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from evaluation.__main__ import evaluate_from_command_line
-from evaluation.command_line import run
+from modeling_dino.command_line import run
 from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
 from training.train import load_config

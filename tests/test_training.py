@@ -11,6 +11,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from modeling_dino.convert_dino_checkpoint import convert
+
+from .original import FIXTURES
+
 
 RECIPE = {
     "model_config": "vit_tiny_patch16",
@@ -80,6 +84,50 @@ def run_snippet(printed: str, folder) -> str:
     shown = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
     assert shown.returncode == 0, shown.stderr
     return shown.stdout.split("\n")[-2]
+
+
+def started_from(name, recipe, parquet_folder, output_dir, *flags):
+    """The networks and the centre after one step that changes nothing."""
+    still = ("--max_steps", "1", "--base_learning_rate", "0", "--min_learning_rate", "0")
+    still += ("--center_momentum", "1", "--momentum_teacher", "1")
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", output_dir, *still, *flags)
+    trained(*argv, "--init_from", name)
+    folder = output_dir / "checkpoints/step_0000001"
+    networks = [load_file(folder / which / "model.safetensors") for which in ("student", "teacher")]
+    return *networks, torch.load(folder / "state.pt")["center"]
+
+
+def test_training_goes_on_from_a_checkpoint_of_the_original(recipe, parquet_folder, tmp_path):
+    convert(str(FIXTURES / "checkpoint.pth"), str(tmp_path / "converted"), num_attention_heads=3)
+    config = json.loads((tmp_path / "converted/student/config.json").read_text())
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "out_dim",
+              "head_hidden_dim", "head_bottleneck_dim")  # fmt: skip
+    overrides = ("--config_overrides", *(f"{field}={config[field]}" for field in fields))
+    student, teacher, center = started_from(
+        tmp_path / "converted", recipe, parquet_folder, tmp_path / "out", *overrides
+    )
+    original = torch.load(FIXTURES / "checkpoint.pth", weights_only=False)
+    assert torch.equal(center, original["dino_loss"]["center"])
+    for ours, theirs in ((student, original["student"]), (teacher, original["teacher"])):
+        theirs = {key.removeprefix("module."): tensor for key, tensor in theirs.items()}
+        assert torch.equal(ours["head.last_layer.weight_v"], theirs["head.last_layer.weight_v"])
+        assert torch.equal(ours["dino.embeddings.position_embeddings"], theirs["backbone.pos_embed"])
+    assert not torch.equal(student["dino.layernorm.weight"], teacher["dino.layernorm.weight"])
+
+
+def test_training_starts_from_a_backbone_with_heads_that_are_alike(run, recipe, parquet_folder, tmp_path):
+    student, teacher, center = started_from(run[0], recipe, parquet_folder, tmp_path)
+    assert student.keys() == teacher.keys() and all(torch.equal(student[name], teacher[name]) for name in student)
+    published = load_file(run[0] / "model.safetensors")
+    assert all(torch.equal(tensor, student[f"dino.{name}"]) for name, tensor in published.items())
+    assert not center.any()
+
+
+def test_weights_of_another_network_are_no_start(run, recipe, parquet_folder, tmp_path):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--init_from", run[0])
+    finished = command(*argv, "--config_overrides", "hidden_size=48")
+    assert finished.returncode == 2 and "is another network: size mismatch for " in finished.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_printed_snippet_loads_the_teacher(run, tmp_path):

@@ -3,7 +3,7 @@
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-from evaluation.command_line import run
+from modeling_dino.command_line import run
 
 from .arguments import parse_arguments
 from .train import train

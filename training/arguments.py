@@ -9,7 +9,7 @@ from typing import get_origin
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from evaluation.command_line import OneLineErrors, nearest
+from modeling_dino.command_line import OneLineErrors, nearest
 
 from .augmentation import AugmentationArguments
 
@@ -38,6 +38,11 @@ class TrainingArguments(AugmentationArguments):
     config_overrides: list[str] = HfArg(
         default_factory=list,
         help="Fields of the model's config to change, as out_dim=4096 norm_last_layer=false; on top of the recipe's.",
+    )
+
+    init_from: str | None = HfArg(
+        default=None,
+        help="Weights to start from: a checkpoint or what dino-convert wrote (both networks and centre), or a model.",
     )
 
     num_train_epochs: int = HfArg(default=100, help="Epochs to train.")

@@ -86,6 +86,40 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
     return folder
 
 
+def load_initial_weights(
+    name: str, student: DINOForPreTraining, teacher: DINOForPreTraining, dino_loss: DINOLoss
+) -> None:
+    """Starts from the weights of another training, as --init_from names them.
+
+    A checkpoint of ours, or what `dino-convert` makes of one of the original's, gives both networks and the centre.
+    Any other model, a folder or Hub id, gives both networks the same weights; if it is a backbone alone, their heads
+    start alike and anew.
+
+    Raises:
+        ValueError: weights that are not there, or do not fit.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "student").is_dir() and (folder / "teacher").is_dir():
+        names = {"student": folder / "student", "teacher": folder / "teacher"}
+    else:
+        names = {"student": name, "teacher": name}
+    for which, model in (("student", student), ("teacher", teacher)):
+        saved, info = DINOForPreTraining.from_pretrained(names[which], output_loading_info=True)
+        without_head = all(key.startswith("head.") for key in info["missing_keys"]) and info["missing_keys"]
+        if info["missing_keys"] and not without_head:
+            raise ValueError(f"{names[which]} lacks weights of the backbone, such as {min(info['missing_keys'])}")
+        try:
+            if without_head:
+                model.dino.load_state_dict(saved.dino.state_dict())
+            else:
+                model.load_state_dict(saved.state_dict())
+        except RuntimeError as error:  # one line a tensor, after a first that tells nothing
+            raise ValueError(f"{names[which]} is another network: {str(error).splitlines()[1].strip()}") from error
+    if (folder / "state.pt").is_file():
+        state = torch.load(folder / "state.pt", map_location=dino_loss.center.device, weights_only=True)
+        dino_loss.center.copy_(state["center"])
+
+
 def load_checkpoint(
     accelerator: Accelerator,
     folder: Path,

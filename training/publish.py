@@ -2,36 +2,10 @@
 
 from pathlib import Path
 
-from PIL.Image import Resampling
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 
-from evaluation.images import PILLOW_MODES
-from modeling_dino import DINOConfig, DINOModel
-
-from .arguments import TrainingArguments
-
-
-def make_image_processor(args: TrainingArguments, config: DINOConfig) -> ViTImageProcessorPil | ViTImageProcessor:
-    """Evaluation's transform: shorter side to `image_size / eval_crop_pct` (bicubic), centre crop, normalise.
-
-    The stock processor of ViT does all of it, so that a checkpoint needs no code for it. Its Pillow kind, the same to
-    the pixel as `dino-eval` uses, where Pillow knows the number of channels.
-    """
-    size, num_channels = config.image_size, config.num_channels
-    processor_class = ViTImageProcessorPil if num_channels in PILLOW_MODES else ViTImageProcessor
-    return processor_class(
-        size={"shortest_edge": round(size / args.eval_crop_pct)},
-        resample=Resampling.BICUBIC,
-        do_center_crop=True,
-        crop_size={"height": size, "width": size},
-        image_mean=_per_channel(args.image_mean, num_channels),
-        image_std=_per_channel(args.image_std, num_channels),
-        do_convert_rgb=num_channels == 3,
-    )
-
-
-def _per_channel(values: list[float], num_channels: int) -> list[float]:
-    return values * num_channels if len(values) == 1 else values
+from modeling_dino import DINOModel
+from modeling_dino.image_processing_dino import PILLOW_MODES
 
 
 def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImageProcessor, output_dir: Path) -> str:

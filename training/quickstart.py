@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PillowImage
 from sklearn.datasets import load_digits
 
-from evaluation.command_line import run
+from modeling_dino.command_line import run
 
 
 NUM_TRAIN = 1297

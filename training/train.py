@@ -15,11 +15,12 @@ from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset
 from huggingface_hub.errors import StrictDataclassError
 
-from evaluation.command_line import nearest
 from evaluation.features import extract_features
 from evaluation.images import load_images
 from evaluation.knn import knn_accuracy
 from modeling_dino import DINOConfig, DINOForPreTraining
+from modeling_dino.command_line import nearest
+from modeling_dino.image_processing_dino import make_image_processor
 
 from .arguments import CONFIGS, TrainingArguments, find_config
 from .augmentation import CropBatch, apply_photometrics
@@ -27,6 +28,7 @@ from .checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_initial_weights,
     save_checkpoint,
     set_later_checkpoints_aside,
 )
@@ -34,7 +36,7 @@ from .data import CropLoader
 from .loss import DINOLoss
 from .monitor import Monitor, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
-from .publish import make_image_processor, publish
+from .publish import publish
 from .schedules import Hyperparameters, Schedule
 
 
@@ -229,7 +231,7 @@ def train(args: TrainingArguments) -> Path:
     config = load_config(args)
     if config.use_bn_in_head and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise ValueError("use_bn_in_head needs one process, or GPUs: on CPU its statistics cannot be shared")
-    image_processor = make_image_processor(args, config)
+    image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     loader = CropLoader(args, config.num_channels)
     global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
@@ -246,9 +248,11 @@ def train(args: TrainingArguments) -> Path:
     set_seed(args.seed)
     student = DINOForPreTraining(config)
     teacher = make_teacher(student)
+    dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum).to(accelerator.device)
+    if args.init_from and not checkpoint:
+        load_initial_weights(args.init_from, student, teacher, dino_loss)
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
         student, teacher = (torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in (student, teacher))
-    dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum).to(accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
     model, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)

@@ -1,0 +1,436 @@
+"""`dino-convert SOURCE OUTPUT`: every DINO Vision Transformer that has been published -> ours, and ours -> theirs.
+
+In: the original's `.pth` files (a backbone, a whole training checkpoint, a linear classifier beside its backbone), a
+stock ViT of transformers, timm's `.dino` models, our own folders. Out: our folder, a stock ViT that needs no code of
+ours, or a `.pth` in the original's names. Weights are moved, never changed: there and back again is byte-equal.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, ViTConfig
+from transformers.utils.logging import disable_progress_bar
+
+from .command_line import Parser, run
+from .configuration_dino import DINOConfig
+from .image_processing_dino import make_image_processor
+from .modeling_dino import DINOForImageClassification, DINOForPreTraining, DINOModel, DINOPreTrainedModel
+
+
+State = dict[str, torch.Tensor]
+
+# ours -> the original's (and timm's), in the embeddings and in a block
+_ORIGINAL = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+_ORIGINAL_BLOCK = {
+    "layernorm_before": "norm1",
+    "attention.qkv": "attn.qkv",
+    "attention.o_proj": "attn.proj",
+    "layernorm_after": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+# ours -> a stock ViT's, as its files have them; where there are three, the rows of ours are theirs one after another
+_VIT_BLOCK = {
+    "layernorm_before": ("layernorm_before",),
+    "attention.qkv": tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
+    "attention.o_proj": ("attention.output.dense",),
+    "layernorm_after": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense",),
+    "mlp.fc2": ("output.dense",),
+}
+_EMBEDDINGS = ("embeddings.cls_token", "embeddings.position_embeddings")  # parameters, not layers with weight and bias
+
+
+def original_names(config: DINOConfig) -> dict[str, str]:
+    """Our name of each tensor of a [`DINOModel`] -> the original's."""
+    layers = {ours: theirs for ours, theirs in _ORIGINAL.items() if ours not in _EMBEDDINGS}
+    for i in range(config.num_hidden_layers):
+        layers |= {f"layers.{i}.{ours}": f"blocks.{i}.{theirs}" for ours, theirs in _ORIGINAL_BLOCK.items()}
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in ("weight", "bias")}
+    return {name: _ORIGINAL[name] for name in _EMBEDDINGS} | {
+        ours: theirs for ours, theirs in names.items() if config.qkv_bias or not ours.endswith("attention.qkv.bias")
+    }
+
+
+def vit_names(config: DINOConfig) -> dict[str, tuple[str, ...]]:
+    """Our name of each tensor of a [`DINOModel`] -> those of a stock ViT's file."""
+    names = {}
+    for ours in original_names(config):
+        if not ours.startswith("layers."):
+            names[ours] = (ours,)
+            continue
+        _, block, layer = ours.split(".", 2)
+        layer, kind = layer.rsplit(".", 1)
+        names[ours] = tuple(f"encoder.layer.{block}.{theirs}.{kind}" for theirs in _VIT_BLOCK[layer])
+    return names
+
+
+def _renamed(state: State, names: dict[str, str]) -> State:
+    """By `names`, keeping what they do not have, so that it shows as unexpected."""
+    return {names.get(name, name): tensor for name, tensor in state.items()}
+
+
+@dataclass
+class Source:
+    """What was read: networks in our names (`backbone`, or `student` and `teacher` of a training) and their config."""
+
+    config: DINOConfig
+    networks: dict[str, State]
+    center: torch.Tensor | None = None
+    image_processor: object | None = None
+
+
+def read_pickle(path: Path) -> object:
+    """A `.pth` file, without running any code that it may hold.
+
+    Raises:
+        ValueError: a file that would run code, or that is none of PyTorch's.
+    """
+    # what the original's checkpoints hold beside tensors: their arguments, and numbers of numpy's
+    scalar = np.float64(0).__reduce__()[0]
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed = [argparse.Namespace, np.dtype, *names, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?"))]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # says nothing that the error does not
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            raise ValueError(f"{path} is refused: reading it would call {found[1]}, and so run code") from error
+        raise ValueError(f"{path} is no file of PyTorch's, or none that can be read without running code") from error
+
+
+def _infer_config(backbone: State, head: State, num_attention_heads: int | None, **fields) -> DINOConfig:
+    """The config of a backbone, and perhaps a head, in the original's names. Only the heads do not show in shapes."""
+    try:
+        position, patch = backbone["pos_embed"], backbone["patch_embed.proj.weight"]
+    except KeyError as error:
+        raise ValueError(
+            f"no Vision Transformer: there is no {error.args[0]}; its keys begin with {', '.join(list(backbone)[:3])}"
+        ) from error
+    hidden_size = position.shape[-1]
+    if num_attention_heads is None:
+        if hidden_size % 64:
+            raise ValueError(f"give --num_attention_heads: the width {hidden_size} is not made of heads of 64")
+        num_attention_heads = hidden_size // 64
+    blocks = {int(name.split(".")[1]) for name in backbone if name.startswith("blocks.")}
+    fields |= {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": num_attention_heads,
+        "mlp_ratio": backbone["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in backbone,
+        "num_channels": patch.shape[1],
+        "patch_size": patch.shape[-1],
+        "image_size": round((position.shape[1] - 1) ** 0.5) * patch.shape[-1],
+    }
+    if head:
+        linear = [tensor for name, tensor in head.items() if name.startswith("mlp.") and tensor.ndim == 2]
+        fields |= {
+            "head_num_layers": len(linear),
+            "head_hidden_dim": linear[0].shape[0],
+            "head_bottleneck_dim": linear[-1].shape[0],
+            "out_dim": head["last_layer.weight_v"].shape[0],
+            "use_bn_in_head": "mlp.1.running_mean" in head,
+            "norm_last_layer": bool((head["last_layer.weight_g"] == 1).all()),
+        }
+    return DINOConfig(**fields)
+
+
+def _read_network(state: State, num_attention_heads: int | None, **fields) -> tuple[DINOConfig, State]:
+    """A network in the original's names, with or without a head, wrapped by DDP or not -> its config and our names."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+    if "last_layer.weight" in head:  # without weight norm, as in some releases: direction and length of each row
+        head["last_layer.weight_v"] = weight = head.pop("last_layer.weight")
+        head["last_layer.weight_g"] = weight.norm(dim=1, keepdim=True)
+    backbone = {
+        name.removeprefix("backbone."): tensor for name, tensor in state.items() if not name.startswith("head.")
+    }
+    config = _infer_config(backbone, head, num_attention_heads, **fields)
+    backbone = _renamed(backbone, {theirs: ours for ours, theirs in original_names(config).items()})
+    if not head:
+        return config, backbone
+    return config, {f"dino.{name}": tensor for name, tensor in backbone.items()} | {
+        f"head.{name}": tensor for name, tensor in head.items()
+    }
+
+
+def read_original(path: Path, key: str | None = None, num_attention_heads: int | None = None) -> Source:
+    """A `.pth` of the original: a backbone, or a training checkpoint, of which `key` takes one backbone alone."""
+    content = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors")
+    if "state_dict" in content:
+        raise ValueError(f"{path} is a linear classifier: convert its backbone, with --linear {path}")
+    if "teacher" not in content:
+        if key is not None:
+            raise ValueError(f"--key {key} is for training checkpoints, and {path} is a backbone")
+        config, network = _read_network(content, num_attention_heads)
+        return Source(config, {"backbone": network})
+    if key is not None:
+        state = {name.removeprefix("module."): tensor for name, tensor in content[key].items()}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        config, network = _read_network(state, num_attention_heads)
+        return Source(config, {"backbone": network})
+    given = vars(content["args"]) if "args" in content else {}
+    fields = {"drop_path_rate": float(given["drop_path_rate"])} if "drop_path_rate" in given else {}
+    networks = {}
+    for name in ("student", "teacher"):
+        config, networks[name] = _read_network(content[name], num_attention_heads, **fields)
+    center = content["dino_loss"]["center"] if "dino_loss" in content else None
+    return Source(config, networks, center)
+
+
+def _read_vit(folder: Path, config: dict) -> Source:
+    state = {name.removeprefix("vit."): tensor for name, tensor in _read_folder(folder).items()}
+    # a stock ViT comes with a pooler that DINO does not have, and that nothing trained
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
+    vit = ViTConfig(**config)
+    ours = DINOConfig(
+        hidden_size=vit.hidden_size,
+        num_hidden_layers=vit.num_hidden_layers,
+        num_attention_heads=vit.num_attention_heads,
+        mlp_ratio=vit.intermediate_size / vit.hidden_size,
+        qkv_bias=vit.qkv_bias,
+        num_channels=vit.num_channels,
+        patch_size=vit.patch_size,
+        image_size=vit.image_size,
+        # not vit.layer_norm_eps: facebook/dino-* say 1e-12, which is ViTConfig's default, and were trained with 1e-6
+    )
+    network = {}
+    for name, parts in vit_names(ours).items():
+        if all(part in state for part in parts):
+            tensors = [state.pop(part) for part in parts]
+            network[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return Source(ours, {"backbone": network | state})
+
+
+def _read_folder(folder: Path) -> State:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return load_file(folder / name) if name.endswith("safetensors") else read_pickle(folder / name)
+    raise ValueError(f"there are no weights in {folder}: looked for model.safetensors and pytorch_model.bin")
+
+
+def read(source: str, key: str | None = None, num_attention_heads: int | None = None) -> Source:
+    """Whatever `dino-convert` takes: a file, a folder, or a Hub id.
+
+    Raises:
+        ValueError: nothing there, or nothing that is DINO's.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_original(path, key, num_attention_heads)
+    if not path.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".pth", ".safetensors"):
+            raise ValueError(f"there is no file or folder {source}")
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+    if key is not None:
+        raise ValueError(f"--key {key} is for training checkpoints of the original, and {source} is a folder")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{source} is no model: there is no config.json in it")
+    config = json.loads((path / "config.json").read_text())
+    if config.get("model_type") == "vit":
+        return _read_vit(path, config)
+    if config.get("model_type") == "dino":
+        processor = AutoImageProcessor.from_pretrained(path) if (path / "preprocessor_config.json").is_file() else None
+        return Source(DINOConfig.from_pretrained(path), {"backbone": _read_folder(path)}, image_processor=processor)
+    if "architecture" in config:  # timm's, which has the original's names
+        config, network = _read_network(_read_folder(path), num_attention_heads)
+        return Source(config, {"backbone": network})
+    raise ValueError(f"{source} is a {config.get('model_type')}; allowed are dino, vit and timm's Vision Transformers")
+
+
+def add_linear(source: Source, path: Path) -> None:
+    """Puts a classifier of the original's `eval_linear.py` on the backbone of `source`.
+
+    Its width tells how it was made: of as many last blocks, or, in ViT-B, of one block and the mean of its patches.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is no linear classifier of the original: it has no state_dict")
+    state = {
+        name.removeprefix("module.").replace("linear.", "classifier."): tensor
+        for name, tensor in content["state_dict"].items()
+    }
+    config, backbone = source.config, source.networks["backbone"]
+    num_labels, width = state["classifier.weight"].shape
+    blocks, rest = divmod(width, config.hidden_size)
+    if rest or not blocks:
+        raise ValueError(f"{path} takes features of width {width}, no multiple of the backbone's {config.hidden_size}")
+    is_base = config.hidden_size == 768 and blocks == 2
+    config.num_labels = num_labels
+    config.n_last_blocks = 1 if is_base else blocks
+    config.avgpool_patchtokens = config.interleave_features = is_base
+    source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
+
+
+def build(config: DINOConfig, state: State, allow_partial: bool = False) -> DINOPreTrainedModel:
+    """The model of ours that `state` is of, with its weights.
+
+    Raises:
+        ValueError: lists all keys that are missing, unexpected or of another shape, unless `allow_partial`.
+    """
+    if any(name.startswith("classifier.") for name in state):
+        model = DINOForImageClassification(config)
+    elif any(name.startswith("head.") for name in state):
+        model = DINOForPreTraining(config)
+    else:
+        model = DINOModel(config)
+    expected = model.state_dict()
+    shared = expected.keys() & state.keys()
+    problems = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - expected.keys()),
+        "misshapen": sorted(name for name in shared if expected[name].shape != state[name].shape),
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        if not allow_partial:
+            raise ValueError(f"the weights do not fit {type(model).__name__}: {told} (--allow_partial takes the rest)")
+        print(f"{told}\nthese stay random: {', '.join(problems['missing'] + problems['misshapen']) or 'none'}")
+    fitting = {name: state[name] for name in shared if name not in problems["misshapen"]}
+    model.load_state_dict(fitting, strict=False)
+    return model.eval()
+
+
+def _backbone(model: DINOPreTrainedModel) -> DINOModel:
+    return model if isinstance(model, DINOModel) else model.dino
+
+
+def save_as_vit(model: DINOPreTrainedModel, output: Path) -> None:
+    """The backbone as a stock `ViTModel` without a pooler, whose outputs at its own image size are the same."""
+    backbone, config = _backbone(model), model.config
+    vit = ViTConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=int(config.hidden_size * config.mlp_ratio),
+        hidden_act=config.hidden_act,
+        layer_norm_eps=config.layer_norm_eps,
+        qkv_bias=config.qkv_bias,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_channels=config.num_channels,
+        architectures=["ViTModel"],
+    )
+    ours, state = backbone.state_dict(), {}
+    for name, parts in vit_names(config).items():
+        for part, tensor in zip(parts, ours[name].chunk(len(parts)), strict=True):
+            state[part] = tensor.contiguous()
+    vit.save_pretrained(output)
+    save_file(state, output / "model.safetensors", metadata={"format": "pt"})
+
+
+def _in_original_names(model: DINOPreTrainedModel) -> State:
+    backbone = _renamed(_backbone(model).state_dict(), original_names(model.config))
+    if not isinstance(model, DINOForPreTraining):
+        return backbone
+    head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    return {f"backbone.{name}": tensor for name, tensor in backbone.items()} | head
+
+
+def save_as_original(models: dict[str, DINOPreTrainedModel], center: torch.Tensor | None, output: Path) -> None:
+    """A `.pth` that the original's scripts read: a backbone, or student, teacher and centre of a training."""
+    if "backbone" in models:
+        torch.save(
+            _renamed(_backbone(models["backbone"]).state_dict(), original_names(models["backbone"].config)), output
+        )
+        return
+    content = {name: _in_original_names(model) for name, model in models.items()}
+    content["student"] = {f"module.{name}": tensor for name, tensor in content["student"].items()}
+    torch.save(content | ({} if center is None else {"dino_loss": {"center": center}}), output)
+
+
+def convert(
+    source: str,
+    output: str,
+    to: str = "dino",
+    key: str | None = None,
+    linear: str | None = None,
+    num_attention_heads: int | None = None,
+    allow_partial: bool = False,
+) -> Path:
+    """Converts a checkpoint; returns where it was written.
+
+    Args:
+        source: A `.pth` of the original, a folder or Hub id of ours, of a stock ViT or of timm.
+        output: A folder, or a `.pth` file for `to="original"`.
+        to: `dino` (ours), `vit` (a stock `ViTModel`) or `original`.
+        key: `teacher` or `student`: this backbone alone of a training checkpoint. Default: both networks, with heads
+            and centre, which training goes on from.
+        linear: A linear classifier of the original that belongs to the backbone.
+        num_attention_heads: If heads are not 64 wide.
+        allow_partial: Takes weights that do not fit for what fits of them.
+
+    Raises:
+        ValueError: what cannot be read, or does not fit.
+    """
+    read_source = read(source, key, num_attention_heads)
+    if linear is not None:
+        if "backbone" not in read_source.networks:
+            raise ValueError("--linear needs a backbone: give --key teacher")
+        add_linear(read_source, Path(linear).expanduser())
+    models = {name: build(read_source.config, state, allow_partial) for name, state in read_source.networks.items()}
+    path = Path(output).expanduser()
+    if path.is_file() if to != "original" else path.is_dir():
+        raise ValueError(f"--to {to} writes a {'file' if to == 'original' else 'folder'}, and {output} is none")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if to == "original":
+        save_as_original(models, read_source.center, path)
+        return path
+    if to == "vit" and "backbone" not in models:
+        raise ValueError("--to vit needs a backbone: give --key teacher")
+    processor = read_source.image_processor or make_image_processor(read_source.config)
+    for name, model in models.items():
+        folder = path if name == "backbone" else path / name
+        if to == "vit":
+            save_as_vit(model, folder)
+        else:
+            model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    if read_source.center is not None:
+        torch.save({"center": read_source.center}, path / "state.pt")
+    return path
+
+
+def convert_from_command_line(argv: list[str]) -> None:
+    parser = Parser(
+        prog="dino-convert", description="Convert DINO Vision Transformers, from and to all that holds them."
+    )
+    parser.add_argument("source", help=".pth of the original; folder or Hub id of ours, a stock ViT, or timm")
+    parser.add_argument("output", help="folder to write, or .pth file with --to original")
+    parser.add_argument("--to", choices=["dino", "vit", "original"], default="dino", help="default: %(default)s")
+    parser.add_argument("--key", choices=["teacher", "student"], help="this backbone alone of a training checkpoint")
+    parser.add_argument("--linear", help=".pth of the original's linear classifier for this backbone")
+    parser.add_argument("--num_attention_heads", type=int, help="if heads are not 64 wide")
+    parser.add_argument("--allow_partial", action="store_true", help="take what fits, and say what stays random")
+    parser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
+    options = vars(parser.parse_args(argv))
+    options.pop("debug")
+    disable_progress_bar()
+    print(f"wrote {convert(**options)}")
+
+
+def main() -> None:
+    run("dino-convert", convert_from_command_line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""`dino-convert`: what the original, transformers and timm hold of DINO becomes ours, and ours theirs, unchanged."""
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, ViTConfig, ViTModel
+
+from modeling_dino import DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
+from modeling_dino.command_line import run
+from modeling_dino.convert_dino_checkpoint import convert, convert_from_command_line
+
+from .original import FIXTURES, recorded
+
+
+BACKBONE, CHECKPOINT = FIXTURES / "backbone.pth", FIXTURES / "checkpoint.pth"
+HEADS = {"num_attention_heads": 3}  # of 16, not of 64
+
+
+def original(path) -> dict:
+    """A file of the original's, read as anybody would who trusts it."""
+    return torch.load(path, weights_only=False)
+
+
+def assert_equal(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """`backbone.pth`, converted by the command."""
+    folder = tmp_path_factory.mktemp("converted") / "backbone"
+    argv = [BACKBONE, folder, "--num_attention_heads", "3"]
+    command = [sys.executable, "-m", "modeling_dino.convert_dino_checkpoint", *map(str, argv)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"wrote {folder}\n"
+    return folder
+
+
+@pytest.mark.parametrize("size", ["native", "local", "wide", "large"])
+def test_backbone_computes_what_it_did(backbone, size):
+    expected = recorded("backbone_io")
+    with torch.no_grad():
+        output = AutoModel.from_pretrained(backbone)(expected[f"{size}.pixel_values"])
+    torch.testing.assert_close(output.pooler_output, expected[f"{size}.cls"], rtol=0, atol=1e-5)
+
+
+def test_backbone_goes_there_and_back_unchanged(backbone, tmp_path):
+    convert(str(backbone), str(tmp_path / "again.pth"), to="original")
+    assert_equal(original(tmp_path / "again.pth"), original(BACKBONE))
+
+
+def test_training_checkpoint_becomes_both_networks_and_their_centre(tmp_path):
+    convert(str(CHECKPOINT), str(tmp_path / "ours"), **HEADS)
+    theirs = original(CHECKPOINT)
+    images = torch.randn(2, 3, 32, 32)
+    for name in ("student", "teacher"):
+        model = DINOForPreTraining.from_pretrained(tmp_path / "ours" / name)
+        state = {key.removeprefix("module."): tensor for key, tensor in theirs[name].items()}
+        assert torch.equal(model.head.last_layer.weight_v, state["head.last_layer.weight_v"])
+        with torch.no_grad():  # the head, by hand
+            hidden = model.dino(images).pooler_output
+            for layer in (0, 2, 4):
+                weight, bias = state[f"head.mlp.{layer}.weight"], state[f"head.mlp.{layer}.bias"]
+                hidden = torch.nn.functional.linear(hidden, weight, bias)
+                hidden = torch.nn.functional.gelu(hidden) if layer < 4 else hidden / hidden.norm(dim=1, keepdim=True)
+            prototypes = state["head.last_layer.weight_v"]
+            logits = (
+                hidden @ (prototypes / prototypes.norm(dim=1, keepdim=True)).T * state["head.last_layer.weight_g"].T
+            )
+            torch.testing.assert_close(model(images).logits, logits, rtol=0, atol=1e-5)
+    state = torch.load(tmp_path / "ours" / "state.pt")
+    assert torch.equal(state["center"], theirs["dino_loss"]["center"])
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_one_backbone_of_a_training_checkpoint_goes_there_and_back_unchanged(key, tmp_path):
+    convert(str(CHECKPOINT), str(tmp_path / "ours"), key=key, **HEADS)
+    convert(str(tmp_path / "ours"), str(tmp_path / "again.pth"), to="original")
+    expected = {
+        name.removeprefix("module.").removeprefix("backbone."): tensor
+        for name, tensor in original(CHECKPOINT)[key].items()
+        if "head." not in name
+    }
+    assert_equal(original(tmp_path / "again.pth"), expected)
+
+
+def test_training_checkpoint_goes_over_to_the_originals_names_unchanged(tmp_path):
+    convert(str(CHECKPOINT), str(tmp_path / "again.pth"), to="original", **HEADS)
+    again, theirs = original(tmp_path / "again.pth"), original(CHECKPOINT)
+    for name in ("student", "teacher"):
+        assert_equal(again[name], theirs[name])
+    assert torch.equal(again["dino_loss"]["center"], theirs["dino_loss"]["center"])
+
+
+def test_stock_vit_computes_the_same_and_comes_back_unchanged(backbone, tmp_path):
+    convert(str(backbone), str(tmp_path / "vit"), to="vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    assert config["model_type"] == "vit" and "auto_map" not in config
+    vit, info = ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = recorded("backbone_io")
+    with torch.no_grad():
+        output = vit.eval()(expected["native.pixel_values"])
+    torch.testing.assert_close(output.last_hidden_state[:, 0], expected["native.cls"], rtol=0, atol=1e-5)
+    convert(str(tmp_path / "vit"), str(tmp_path / "again"))
+    assert_equal(load_file(tmp_path / "again" / "model.safetensors"), load_file(backbone / "model.safetensors"))
+
+
+def test_published_vit_gets_its_epsilon_back_and_leaves_its_pooler(tmp_path):
+    """Like facebook/dino-*: epsilon 1e-12 in the config, a pooler that nobody trained."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    published = ViTModel(ViTConfig(intermediate_size=192, **sizes))
+    assert published.config.layer_norm_eps == 1e-12
+    published.save_pretrained(tmp_path / "vit")
+    vit = ViTModel.from_pretrained(tmp_path / "vit", layer_norm_eps=1e-6)
+    assert "pooler.dense.weight" in load_file(tmp_path / "vit" / "model.safetensors")
+    convert(str(tmp_path / "vit"), str(tmp_path / "ours"))
+    model, images = DINOModel.from_pretrained(tmp_path / "ours"), torch.randn(2, 3, 32, 32)
+    assert model.config.layer_norm_eps == 1e-6
+    with torch.no_grad():
+        expected = vit(images).last_hidden_state
+        torch.testing.assert_close(model(images).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", ["file", "folder"])
+def test_timm_model_computes_the_same(wrapped, tmp_path):
+    network = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=0)
+    network.eval()
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    if wrapped == "folder":
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224.dino"}))
+        path = tmp_path
+    convert(str(path), str(tmp_path / "ours"))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        output = AutoModel.from_pretrained(tmp_path / "ours")(images).pooler_output
+        torch.testing.assert_close(output, network(images), rtol=0, atol=1e-5)
+
+
+def linear_classifier(path, num_labels: int, width: int) -> torch.nn.Linear:
+    linear = torch.nn.Linear(width, num_labels)
+    state = {f"module.linear.{name}": tensor for name, tensor in linear.state_dict().items()}
+    torch.save({"epoch": 100, "state_dict": state}, path)
+    return linear
+
+
+def test_linear_classifier_of_four_blocks_joins_its_backbone(tmp_path):
+    linear = linear_classifier(tmp_path / "linear.pth", 7, 2 * 48)
+    convert(str(BACKBONE), str(tmp_path / "ours"), linear=str(tmp_path / "linear.pth"), **HEADS)
+    model = DINOForImageClassification.from_pretrained(tmp_path / "ours")
+    expected = recorded("linear_inputs")
+    with torch.no_grad():
+        logits = linear(expected["cls_last2_concat"])
+        torch.testing.assert_close(model(expected["pixel_values"]).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_linear_classifier_of_vit_base_takes_cls_and_mean_by_turns(tmp_path):
+    torch.manual_seed(0)
+    config = DINOConfig(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=32)
+    backbone = DINOModel(config)
+    backbone.save_pretrained(tmp_path / "base")
+    linear = linear_classifier(tmp_path / "linear.pth", 5, 1536)
+    convert(str(tmp_path / "base"), str(tmp_path / "ours"), linear=str(tmp_path / "linear.pth"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = backbone(images).last_hidden_state
+        features = torch.cat([tokens[:, :1], tokens[:, 1:].mean(1, keepdim=True)], 1).transpose(1, 2).reshape(2, 1536)
+        logits = DINOForImageClassification.from_pretrained(tmp_path / "ours")(images).logits
+        torch.testing.assert_close(logits, linear(features), rtol=0, atol=1e-5)
+
+
+def test_last_layer_without_weight_norm_gives_the_same_logits(tmp_path):
+    """As in the released ResNet-50's head."""
+    theirs = original(CHECKPOINT)
+    weight = torch.randn(96, 24)
+    for name in ("student", "teacher"):
+        for key in [key for key in theirs[name] if "last_layer" in key]:
+            prefix = key.rpartition("last_layer")[0]
+            theirs[name].pop(key)
+        theirs[name][f"{prefix}last_layer.weight"] = weight
+    torch.save(theirs, tmp_path / "checkpoint.pth")
+    convert(str(tmp_path / "checkpoint.pth"), str(tmp_path / "ours"), **HEADS)
+    head = DINOForPreTraining.from_pretrained(tmp_path / "ours" / "student").head
+    hidden = torch.randn(4, 24)
+    torch.testing.assert_close(head.last_layer(hidden), hidden @ weight.T)
+
+
+def answer(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run("dino-convert", convert_from_command_line, [*map(str, argv)])
+    stderr = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(stderr.splitlines()) == 1, stderr
+    return stderr
+
+
+def test_file_that_would_run_code_is_refused(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    with (tmp_path / "old.pth").open("wb") as file:
+        pickle.dump({"cls_token": Evil()}, file)
+    torch.save({"cls_token": Evil()}, tmp_path / "new.pth")
+    assert "is refused: reading it would call posix.system" in answer(capsys, tmp_path / "new.pth", tmp_path / "out")
+    assert "none that can be read without running code" in answer(capsys, tmp_path / "old.pth", tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_weights_that_do_not_fit_are_all_listed(tmp_path, capsys):
+    state = original(BACKBONE)
+    del state["blocks.1.attn.proj.bias"]
+    state["norm.weight"] = torch.ones(47)
+    state["mask_token"] = torch.zeros(1)
+    torch.save(state, tmp_path / "odd.pth")
+    argv = (tmp_path / "odd.pth", tmp_path / "out", "--num_attention_heads", "3")
+    message = answer(capsys, *argv)
+    assert "missing: layers.1.attention.o_proj.bias; unexpected: mask_token; misshapen: layernorm.weight" in message
+    assert not (tmp_path / "out").exists()
+    convert_from_command_line([*map(str, argv), "--allow_partial"])
+    assert "these stay random: layers.1.attention.o_proj.bias, layernorm.weight" in capsys.readouterr().out
+    model = DINOModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.embeddings.cls_token, state["cls_token"])
+
+
+def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
+    linear_classifier(tmp_path / "linear.pth", 7, 50)
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("nothing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    torch.save({"a.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    out, heads = tmp_path / "out", ("--num_attention_heads", "3")
+    for argv, message in [
+        ((tmp_path / "none.pth", out), "there is no file or folder"),
+        ((tmp_path / "empty", out), "there is no config.json in it"),
+        ((tmp_path / "bert", out), "is a bert; allowed are dino, vit and timm's Vision Transformers"),
+        ((tmp_path / "list.pth", out), "holds a list, no dictionary of tensors"),
+        ((tmp_path / "text.pth", out), "is no file of PyTorch's"),
+        ((tmp_path / "other.pth", out), "there is no pos_embed; its keys begin with a.weight"),
+        ((tmp_path / "linear.pth", out), "is a linear classifier: convert its backbone, with --linear"),
+        ((BACKBONE, out), "give --num_attention_heads: the width 48 is not made of heads of 64"),
+        ((BACKBONE, out, "--key", "teacher", *heads), "--key teacher is for training checkpoints"),
+        ((BACKBONE, out, "--linear", tmp_path / "linear.pth", *heads), "width 50, no multiple of the backbone's 48"),
+        ((BACKBONE, out, "--linear", BACKBONE, *heads), "is no linear classifier of the original"),
+        ((CHECKPOINT, out, "--linear", tmp_path / "linear.pth", *heads), "--linear needs a backbone"),
+        ((CHECKPOINT, out, "--to", "vit", *heads), "--to vit needs a backbone: give --key teacher"),
+        ((backbone, BACKBONE), "--to dino writes a folder"),
+        ((backbone, tmp_path / "empty", "--to", "original"), "--to original writes a file"),
+        ((backbone, out, "--too", "vit"), "there is no option --too, did you mean --to?"),
+    ]:
+        assert message in answer(capsys, *argv), argv
+    assert not out.exists()
+
+
+def test_arguments_of_the_original_are_read_without_trust():
+    assert isinstance(original(CHECKPOINT)["args"], argparse.Namespace)
