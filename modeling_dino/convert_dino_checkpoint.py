@@ -2,7 +2,8 @@
 
 In: the original's `.pth` files (a backbone, a whole training checkpoint, a linear classifier beside its backbone), a
 stock ViT of transformers, timm's `.dino` models, our own folders. Out: our folder, a stock ViT that needs no code of
-ours, or a `.pth` in the original's names. Weights are moved, never changed: there and back again is byte-equal.
+ours, or a `.pth` in the original's names. Weights are moved, never changed: there and back again is byte-equal, but
+that half precision becomes single.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ViTConfig
 from transformers.utils.logging import disable_progress_bar
@@ -115,14 +117,24 @@ def read_pickle(path: Path) -> object:
         raise ValueError(f"{path} is no file of PyTorch's, or none that can be read without running code") from error
 
 
+def read_safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
+
+
 def _infer_config(backbone: State, head: State, num_attention_heads: int | None, **fields) -> DINOConfig:
     """The config of a backbone, and perhaps a head, in the original's names. Only the heads do not show in shapes."""
-    try:
-        position, patch = backbone["pos_embed"], backbone["patch_embed.proj.weight"]
-    except KeyError as error:
+    needed = ["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
+    if missing := [name for name in needed if name not in backbone]:
         raise ValueError(
-            f"no Vision Transformer: there is no {error.args[0]}; its keys begin with {', '.join(list(backbone)[:3])}"
-        ) from error
+            f"no Vision Transformer of DINO's: there is no {', '.join(missing)}; its keys begin with "
+            f"{', '.join(list(backbone)[:3])}"
+        )
+    if head and not {"last_layer.weight_v", "last_layer.weight_g"} <= head.keys():
+        raise ValueError(f"no head of DINO's: its last layer has {', '.join(k for k in head if 'last_layer' in k)}")
+    position, patch = backbone["pos_embed"], backbone["patch_embed.proj.weight"]
     hidden_size = position.shape[-1]
     if num_attention_heads is None:
         if hidden_size % 64:
@@ -147,7 +159,7 @@ def _infer_config(backbone: State, head: State, num_attention_heads: int | None,
             "head_bottleneck_dim": linear[-1].shape[0],
             "out_dim": head["last_layer.weight_v"].shape[0],
             "use_bn_in_head": "mlp.1.running_mean" in head,
-            "norm_last_layer": bool((head["last_layer.weight_g"] == 1).all()),
+            "norm_last_layer": fields.get("norm_last_layer", bool((head["last_layer.weight_g"] == 1).all())),
         }
     return DINOConfig(**fields)
 
@@ -156,6 +168,9 @@ def _read_network(state: State, num_attention_heads: int | None, **fields) -> tu
     """A network in the original's names, with or without a head, wrapped by DDP or not -> its config and our names."""
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+    for old, new in (("original0", "weight_g"), ("original1", "weight_v")):  # the names of torch's newer weight norm
+        if f"last_layer.parametrizations.weight.{old}" in head:
+            head[f"last_layer.{new}"] = head.pop(f"last_layer.parametrizations.weight.{old}")
     if "last_layer.weight" in head:  # without weight norm, as in some releases: direction and length of each row
         head["last_layer.weight_v"] = weight = head.pop("last_layer.weight")
         head["last_layer.weight_g"] = weight.norm(dim=1, keepdim=True)
@@ -173,16 +188,20 @@ def _read_network(state: State, num_attention_heads: int | None, **fields) -> tu
 
 def read_original(path: Path, key: str | None = None, num_attention_heads: int | None = None) -> Source:
     """A `.pth` of the original: a backbone, or a training checkpoint, of which `key` takes one backbone alone."""
-    content = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors")
     if "state_dict" in content:
         raise ValueError(f"{path} is a linear classifier: convert its backbone, with --linear {path}")
-    if "teacher" not in content:
+    if not {"student", "teacher"} & content.keys():
         if key is not None:
             raise ValueError(f"--key {key} is for training checkpoints, and {path} is a backbone")
         config, network = _read_network(content, num_attention_heads)
         return Source(config, {"backbone": network})
+    wanted = ["student", "teacher"] if key is None else [key]
+    if absent := [name for name in wanted if name not in content]:
+        there = " and ".join(name for name in ("student", "teacher") if name in content)
+        raise ValueError(f"{path} has no {absent[0]}, but a {there}: give --key {there}")
     if key is not None:
         state = {name.removeprefix("module."): tensor for name, tensor in content[key].items()}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -190,6 +209,8 @@ def read_original(path: Path, key: str | None = None, num_attention_heads: int |
         return Source(config, {"backbone": network})
     given = vars(content["args"]) if "args" in content else {}
     fields = {"drop_path_rate": float(given["drop_path_rate"])} if "drop_path_rate" in given else {}
+    if "norm_last_layer" in given and "module.head.last_layer.weight_g" in content["student"]:
+        fields["norm_last_layer"] = bool(given["norm_last_layer"])
     networks = {}
     for name in ("student", "teacher"):
         config, networks[name] = _read_network(content[name], num_attention_heads, **fields)
@@ -211,20 +232,29 @@ def _read_vit(folder: Path, config: dict) -> Source:
         num_channels=vit.num_channels,
         patch_size=vit.patch_size,
         image_size=vit.image_size,
-        # not vit.layer_norm_eps: facebook/dino-* say 1e-12, which is ViTConfig's default, and were trained with 1e-6
+        hidden_act=vit.hidden_act,
+        # facebook/dino-* say 1e-12, which is ViTConfig's default, and were trained with 1e-6
+        layer_norm_eps=1e-6 if vit.layer_norm_eps == 1e-12 else vit.layer_norm_eps,
     )
     network = {}
     for name, parts in vit_names(ours).items():
         if all(part in state for part in parts):
             tensors = [state.pop(part) for part in parts]
             network[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    return Source(ours, {"backbone": network | state})
+    processor = _image_processor(folder)
+    # that of facebook/dino-* squeezes images into a square, where the original crops
+    kept = processor if processor is not None and processor.do_center_crop else None
+    return Source(ours, {"backbone": network | state}, image_processor=kept)
+
+
+def _image_processor(folder: Path):
+    return AutoImageProcessor.from_pretrained(folder) if (folder / "preprocessor_config.json").is_file() else None
 
 
 def _read_folder(folder: Path) -> State:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return load_file(folder / name) if name.endswith("safetensors") else read_pickle(folder / name)
+            return read_safetensors(folder / name) if name.endswith("safetensors") else read_pickle(folder / name)
     raise ValueError(f"there are no weights in {folder}: looked for model.safetensors and pytorch_model.bin")
 
 
@@ -241,26 +271,50 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
         if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".pth", ".safetensors"):
             raise ValueError(f"there is no file or folder {source}")
         path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+    if (path / "student").is_dir() and (path / "teacher").is_dir():
+        return _read_training_folder(path, key)
     if key is not None:
-        raise ValueError(f"--key {key} is for training checkpoints of the original, and {source} is a folder")
+        raise ValueError(f"--key {key} is for training checkpoints, and {source} is one model")
     if not (path / "config.json").is_file():
         raise ValueError(f"{source} is no model: there is no config.json in it")
-    config = json.loads((path / "config.json").read_text())
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / 'config.json'} is not JSON: {error}") from error
     if config.get("model_type") == "vit":
         return _read_vit(path, config)
     if config.get("model_type") == "dino":
-        processor = AutoImageProcessor.from_pretrained(path) if (path / "preprocessor_config.json").is_file() else None
-        return Source(DINOConfig.from_pretrained(path), {"backbone": _read_folder(path)}, image_processor=processor)
+        return Source(DINOConfig.from_pretrained(path), {"backbone": _read_folder(path)}, None, _image_processor(path))
     if "architecture" in config:  # timm's, which has the original's names
         config, network = _read_network(_read_folder(path), num_attention_heads)
         return Source(config, {"backbone": network})
     raise ValueError(f"{source} is a {config.get('model_type')}; allowed are dino, vit and timm's Vision Transformers")
 
 
-def add_linear(source: Source, path: Path) -> None:
+def _read_training_folder(folder: Path, key: str | None) -> Source:
+    """A checkpoint of ours, or what was made of one of the original's."""
+    networks = {name: _read_folder(folder / name) for name in ("student", "teacher")}
+    processor = _image_processor(folder / "teacher")
+    if key is not None:
+        return Source(
+            DINOConfig.from_pretrained(folder / key), {"backbone": _only_backbone(networks[key])}, None, processor
+        )
+    state = read_pickle(folder / "state.pt") if (folder / "state.pt").is_file() else {}
+    return Source(DINOConfig.from_pretrained(folder / "student"), networks, state.get("center"), processor)
+
+
+def _only_backbone(state: State) -> State:
+    """Without a head or classifier that may be on it."""
+    if not any(name.startswith("dino.") for name in state):
+        return state
+    return {name.removeprefix("dino."): tensor for name, tensor in state.items() if name.startswith("dino.")}
+
+
+def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_patchtokens: bool) -> None:
     """Puts a classifier of the original's `eval_linear.py` on the backbone of `source`.
 
-    Its width tells how it was made: of as many last blocks, or, in ViT-B, of one block and the mean of its patches.
+    Unless it is said how it was made, its width tells: of as many last blocks, or, on ViT-B, of one block and the mean
+    of its patches, as in the released ones.
     """
     content = read_pickle(path)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -269,15 +323,21 @@ def add_linear(source: Source, path: Path) -> None:
         name.removeprefix("module.").replace("linear.", "classifier."): tensor
         for name, tensor in content["state_dict"].items()
     }
-    config, backbone = source.config, source.networks["backbone"]
+    if state.keys() != {"classifier.weight", "classifier.bias"}:
+        raise ValueError(f"{path} is no linear classifier of the original: it has {', '.join(content['state_dict'])}")
+    config, backbone = source.config, _only_backbone(source.networks["backbone"])
     num_labels, width = state["classifier.weight"].shape
     blocks, rest = divmod(width, config.hidden_size)
     if rest or not blocks:
         raise ValueError(f"{path} takes features of width {width}, no multiple of the backbone's {config.hidden_size}")
-    is_base = config.hidden_size == 768 and blocks == 2
+    guessed_base = n_last_blocks is None and config.hidden_size == 768 and blocks == 2
+    pooled = avgpool_patchtokens or guessed_base
     config.num_labels = num_labels
-    config.n_last_blocks = 1 if is_base else blocks
-    config.avgpool_patchtokens = config.interleave_features = is_base
+    config.n_last_blocks = n_last_blocks or blocks - pooled
+    config.avgpool_patchtokens = pooled
+    config.interleave_features = pooled and config.n_last_blocks == 1
+    mean = " and the mean of its patches, by turns" if pooled else ""
+    print(f"the classifier takes CLS of the last {config.n_last_blocks} blocks{mean}")
     source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
 
 
@@ -364,6 +424,8 @@ def convert(
     to: str = "dino",
     key: str | None = None,
     linear: str | None = None,
+    n_last_blocks: int | None = None,
+    avgpool_patchtokens: bool = False,
     num_attention_heads: int | None = None,
     allow_partial: bool = False,
 ) -> Path:
@@ -371,33 +433,44 @@ def convert(
 
     Args:
         source: A `.pth` of the original, a folder or Hub id of ours, of a stock ViT or of timm.
-        output: A folder, or a `.pth` file for `to="original"`.
+        output: A folder, or a `.pth` file for `to="original"`. Nothing may be there yet.
         to: `dino` (ours), `vit` (a stock `ViTModel`) or `original`.
         key: `teacher` or `student`: this backbone alone of a training checkpoint. Default: both networks, with heads
             and centre, which training goes on from.
         linear: A linear classifier of the original that belongs to the backbone.
+        n_last_blocks: Of how many last blocks `linear` takes CLS. Default: as its width tells.
+        avgpool_patchtokens: Whether `linear` takes the mean of the patches too.
         num_attention_heads: If heads are not 64 wide.
         allow_partial: Takes weights that do not fit for what fits of them.
 
     Raises:
         ValueError: what cannot be read, or does not fit.
     """
+    path = Path(output).expanduser()
+    if path.is_file() or (path.is_dir() and (to == "original" or any(path.iterdir()))):
+        raise ValueError(
+            f"{output} is there already; give another {'file' if to == 'original' else 'folder'} to write"
+        )
     read_source = read(source, key, num_attention_heads)
     if linear is not None:
         if "backbone" not in read_source.networks:
             raise ValueError("--linear needs a backbone: give --key teacher")
-        add_linear(read_source, Path(linear).expanduser())
+        add_linear(read_source, Path(linear).expanduser(), n_last_blocks, avgpool_patchtokens)
+    if to == "vit" and "backbone" not in read_source.networks:
+        raise ValueError("--to vit needs a backbone: give --key teacher")
     models = {name: build(read_source.config, state, allow_partial) for name, state in read_source.networks.items()}
-    path = Path(output).expanduser()
-    if path.is_file() if to != "original" else path.is_dir():
-        raise ValueError(f"--to {to} writes a {'file' if to == 'original' else 'folder'}, and {output} is none")
+    if to != "dino" and "backbone" in models and not isinstance(models["backbone"], DINOModel):
+        print(f"of {type(models['backbone']).__name__}, the backbone is converted; the rest has no place in --to {to}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if to == "original":
         save_as_original(models, read_source.center, path)
         return path
-    if to == "vit" and "backbone" not in models:
-        raise ValueError("--to vit needs a backbone: give --key teacher")
-    processor = read_source.image_processor or make_image_processor(read_source.config)
+    processor = read_source.image_processor
+    if processor is None and read_source.config.num_channels == 3:
+        processor = make_image_processor(read_source.config)
+    elif processor is None:  # whose mean nobody knows
+        processor = make_image_processor(read_source.config, [0.5], [0.5])
+        print("the image processor has mean and std 0.5: set those that the network was trained with")
     for name, model in models.items():
         folder = path if name == "backbone" else path / name
         if to == "vit":
@@ -419,6 +492,8 @@ def convert_from_command_line(argv: list[str]) -> None:
     parser.add_argument("--to", choices=["dino", "vit", "original"], default="dino", help="default: %(default)s")
     parser.add_argument("--key", choices=["teacher", "student"], help="this backbone alone of a training checkpoint")
     parser.add_argument("--linear", help=".pth of the original's linear classifier for this backbone")
+    parser.add_argument("--n_last_blocks", type=int, help="that --linear takes CLS of (default: as its width tells)")
+    parser.add_argument("--avgpool_patchtokens", action="store_true", help="--linear takes the mean of patches too")
     parser.add_argument("--num_attention_heads", type=int, help="if heads are not 64 wide")
     parser.add_argument("--allow_partial", action="store_true", help="take what fits, and say what stays random")
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")

@@ -6,7 +6,7 @@ clipped per parameter), and the patch projection and the prototypes keep PyTorch
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -381,16 +381,20 @@ class DINOForImageClassification(DINOPreTrainedModel):
         self.dino.requires_grad_(not config.freeze_backbone)
 
     def train(self, mode: bool = True) -> "DINOForImageClassification":
-        """As of any module, but that a frozen backbone stays in evaluation mode."""
+        """As of any module, but that a frozen backbone stays in evaluation mode, and frozen.
+
+        `from_pretrained`, which makes every parameter trainable, ends here too.
+        """
         super().train(mode)
         if self.config.freeze_backbone:
-            self.dino.eval()
+            self.dino.eval().requires_grad_(False)
         return self
 
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the classifier sees of images, (batch, in_features). `eval_linear.py` of the original."""
+    def features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the classifier sees, (batch, in_features), of the backbone's `hidden_states`. The original's
+        `eval_linear.py`."""
         config = self.config
-        layers = self.dino.get_intermediate_layers(pixel_values, config.n_last_blocks)
+        layers = [self.dino.layernorm(tokens) for tokens in hidden_states[-config.n_last_blocks :]]
         features = [tokens[:, 0] for tokens in layers]
         if config.avgpool_patchtokens:
             features.append(layers[-1][:, 1:].mean(1))
@@ -406,12 +410,16 @@ class DINOForImageClassification(DINOPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
-        # `from_pretrained` makes every parameter trainable, so the gradient is stopped here
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
-            features = self.features(pixel_values)
-        logits = self.classifier(features)
+        output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        output = self.dino(pixel_values, output_hidden_states=True, **kwargs)
+        logits = self.classifier(self.features(output.hidden_states))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states if output_hidden_states else None,
+            attentions=output.attentions,
+        )
 
 
 @auto_docstring(custom_intro="The DINO Vision Transformer as a backbone of dense heads (DETR, UperNet, ...).")

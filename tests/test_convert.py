@@ -11,13 +11,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 
 from modeling_dino import DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.convert_dino_checkpoint import convert, convert_from_command_line
+from modeling_dino.image_processing_dino import make_image_processor
 
-from .original import FIXTURES, recorded
+from .original import FIXTURES, recorded, tiny_config
 
 
 BACKBONE, CHECKPOINT = FIXTURES / "backbone.pth", FIXTURES / "checkpoint.pth"
@@ -94,8 +95,9 @@ def test_one_backbone_of_a_training_checkpoint_goes_there_and_back_unchanged(key
     assert_equal(original(tmp_path / "again.pth"), expected)
 
 
-def test_training_checkpoint_goes_over_to_the_originals_names_unchanged(tmp_path):
-    convert(str(CHECKPOINT), str(tmp_path / "again.pth"), to="original", **HEADS)
+def test_training_checkpoint_goes_there_and_back_unchanged(tmp_path):
+    convert(str(CHECKPOINT), str(tmp_path / "ours"), **HEADS)
+    convert(str(tmp_path / "ours"), str(tmp_path / "again.pth"), to="original")
     again, theirs = original(tmp_path / "again.pth"), original(CHECKPOINT)
     for name in ("student", "teacher"):
         assert_equal(again[name], theirs[name])
@@ -155,7 +157,45 @@ def linear_classifier(path, num_labels: int, width: int) -> torch.nn.Linear:
     return linear
 
 
-def test_linear_classifier_of_four_blocks_joins_its_backbone(tmp_path):
+def test_one_network_of_our_training_folder(tmp_path):
+    convert(str(CHECKPOINT), str(tmp_path / "ours"), **HEADS)
+    convert(str(tmp_path / "ours"), str(tmp_path / "teacher"), key="teacher")
+    convert(str(CHECKPOINT), str(tmp_path / "expected"), key="teacher", **HEADS)
+    teacher, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "expected"))
+    assert_equal(teacher, expected)
+
+
+def test_vit_keeps_its_activation_its_epsilon_and_its_image_processor(tmp_path):
+    config = tiny_config(hidden_act="relu", layer_norm_eps=1e-3)
+    torch.manual_seed(0)
+    DINOModel(config).save_pretrained(tmp_path / "ours")
+    make_image_processor(config, [0.3], [0.4]).save_pretrained(tmp_path / "ours")
+    convert(str(tmp_path / "ours"), str(tmp_path / "vit"), to="vit")
+    convert(str(tmp_path / "vit"), str(tmp_path / "again"))
+    again = DINOConfig.from_pretrained(tmp_path / "again")
+    assert (again.hidden_act, again.layer_norm_eps) == ("relu", 1e-3)
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "again").image_mean) == [0.3] * 3
+
+
+def test_grey_backbone_gets_an_image_processor_of_one_channel(tmp_path):
+    state = original(BACKBONE)
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.save(state, tmp_path / "grey.pth")
+    convert(str(tmp_path / "grey.pth"), str(tmp_path / "ours"), **HEADS)
+    assert len(AutoImageProcessor.from_pretrained(tmp_path / "ours").image_mean) == 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_arguments_of_the_training_say_whether_the_gain_is_frozen(frozen, tmp_path):
+    """The gain itself cannot in the first epoch, when nothing has moved it yet."""
+    theirs = original(CHECKPOINT)
+    theirs["args"].norm_last_layer = frozen
+    torch.save(theirs, tmp_path / "checkpoint.pth")
+    convert(str(tmp_path / "checkpoint.pth"), str(tmp_path / "ours"), **HEADS)
+    assert DINOConfig.from_pretrained(tmp_path / "ours" / "student").norm_last_layer is frozen
+
+
+def test_linear_classifier_of_last_blocks_joins_its_backbone(tmp_path):
     linear = linear_classifier(tmp_path / "linear.pth", 7, 2 * 48)
     convert(str(BACKBONE), str(tmp_path / "ours"), linear=str(tmp_path / "linear.pth"), **HEADS)
     model = DINOForImageClassification.from_pretrained(tmp_path / "ours")
@@ -241,6 +281,12 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     torch.save({"a.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save({k: v for k, v in original(BACKBONE).items() if k != "blocks.0.mlp.fc1.weight"}, tmp_path / "cut.pth")
+    (tmp_path / "cut.safetensors").write_bytes((backbone / "model.safetensors").read_bytes()[:500])
+    torch.save({"teacher": original(CHECKPOINT)["teacher"]}, tmp_path / "half.pth")
+    torch.save({"state_dict": {"module.other": torch.zeros(1)}}, tmp_path / "nothing.pth")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "config.json").write_text("{")
     out, heads = tmp_path / "out", ("--num_attention_heads", "3")
     for argv, message in [
         ((tmp_path / "none.pth", out), "there is no file or folder"),
@@ -248,7 +294,10 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
         ((tmp_path / "bert", out), "is a bert; allowed are dino, vit and timm's Vision Transformers"),
         ((tmp_path / "list.pth", out), "holds a list, no dictionary of tensors"),
         ((tmp_path / "text.pth", out), "is no file of PyTorch's"),
-        ((tmp_path / "other.pth", out), "there is no pos_embed; its keys begin with a.weight"),
+        (
+            (tmp_path / "other.pth", out),
+            "there is no pos_embed, patch_embed.proj.weight, blocks.0.mlp.fc1.weight; its keys begin with a.weight",
+        ),
         ((tmp_path / "linear.pth", out), "is a linear classifier: convert its backbone, with --linear"),
         ((BACKBONE, out), "give --num_attention_heads: the width 48 is not made of heads of 64"),
         ((BACKBONE, out, "--key", "teacher", *heads), "--key teacher is for training checkpoints"),
@@ -256,8 +305,19 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
         ((BACKBONE, out, "--linear", BACKBONE, *heads), "is no linear classifier of the original"),
         ((CHECKPOINT, out, "--linear", tmp_path / "linear.pth", *heads), "--linear needs a backbone"),
         ((CHECKPOINT, out, "--to", "vit", *heads), "--to vit needs a backbone: give --key teacher"),
-        ((backbone, BACKBONE), "--to dino writes a folder"),
-        ((backbone, tmp_path / "empty", "--to", "original"), "--to original writes a file"),
+        ((backbone, BACKBONE), "is there already; give another folder to write"),
+        ((backbone, backbone, "--to", "vit"), "is there already; give another folder to write"),
+        ((BACKBONE, BACKBONE, "--to", "original"), "is there already; give another file to write"),
+        ((tmp_path / "cut.pth", out, *heads), "there is no blocks.0.mlp.fc1.weight"),
+        ((tmp_path / "cut.safetensors", out), "is damaged, or no safetensors"),
+        ((tmp_path / "half.pth", out, *heads), "has no student, but a teacher: give --key teacher"),
+        (
+            (tmp_path / "half.pth", out, *heads, "--key", "student"),
+            "has no student, but a teacher: give --key teacher",
+        ),
+        ((BACKBONE, out, "--linear", tmp_path / "nothing.pth", *heads), "is no linear classifier of the original"),
+        ((backbone, out, "--key", "teacher"), "--key teacher is for training checkpoints"),
+        ((tmp_path / "json", out), "config.json is not JSON"),
         ((backbone, out, "--too", "vit"), "there is no option --too, did you mean --to?"),
     ]:
         assert message in answer(capsys, *argv), argv

@@ -21,6 +21,14 @@ def classifier_of(weights, **config) -> DINOForImageClassification:
     return model
 
 
+def inputs_of_classifier(model: DINOForImageClassification, images: torch.Tensor) -> torch.Tensor:
+    seen = []
+    hook = model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(images)
+    hook.remove()
+    return seen[0]
+
+
 @pytest.mark.parametrize("size", ["native", "local", "wide", "large"])
 def test_intermediate_layers_are_the_originals(weights, size):
     model = DINOModel(tiny_config()).eval()
@@ -42,7 +50,7 @@ def test_inputs_of_the_linear_classifier_are_the_originals(weights):
         "cls_avgpool_interleaved": {"n_last_blocks": 1, "avgpool_patchtokens": True, "interleave_features": True},
     }.items():
         with torch.no_grad():
-            features = classifier_of(weights, **config).features(expected["pixel_values"])
+            features = inputs_of_classifier(classifier_of(weights, **config), expected["pixel_values"])
         torch.testing.assert_close(features, expected[layout], rtol=0, atol=1e-5)
 
 
@@ -50,7 +58,7 @@ def test_average_follows_the_cls_tokens_without_interleaving(weights):
     images = recorded("backbone_io")["native.pixel_values"]
     model = classifier_of(weights, n_last_blocks=2, avgpool_patchtokens=True)
     with torch.no_grad():
-        features, layers = model.features(images), model.dino.get_intermediate_layers(images, 2)
+        features, layers = inputs_of_classifier(model, images), model.dino.get_intermediate_layers(images, 2)
     cls_second, cls_last, mean = features.split(48, dim=1)
     assert torch.equal(cls_second, layers[0][:, 0]) and torch.equal(cls_last, layers[1][:, 0])
     assert torch.equal(mean, layers[1][:, 1:].mean(1))
@@ -70,6 +78,8 @@ def test_frozen_backbone_does_not_learn(weights, reloaded, tmp_path):
         model.save_pretrained(tmp_path)
         model = DINOForImageClassification.from_pretrained(tmp_path)
     model.train()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"classifier.weight", "classifier.bias"}
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 4, 2, 2])
     before, optimizer = copy.deepcopy(model.dino.state_dict()), torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -123,6 +133,25 @@ def test_feature_maps_are_normed_patch_tokens_in_their_places(weights):
             torch.testing.assert_close(
                 feature_map[:, :, row, column], tokens[:, row * width + column], rtol=0, atol=1e-5
             )
+
+
+def test_feature_maps_of_a_saved_checkpoint(weights, tmp_path):
+    backbone = DINOModel(tiny_config()).eval()
+    backbone.load_state_dict(weights)
+    backbone.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        [feature_map] = DINOBackbone.from_pretrained(tmp_path)(images).feature_maps
+        tokens = backbone(images).last_hidden_state[:, 1:]
+    torch.testing.assert_close(feature_map.flatten(2).transpose(1, 2), tokens, rtol=0, atol=1e-6)
+
+
+def test_classifier_shows_hidden_states_and_attentions_when_asked(weights):
+    model, images = classifier_of(weights, n_last_blocks=1), torch.randn(2, 3, 32, 32)
+    model.set_attn_implementation("eager")
+    output = model(images, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 4 and [a.shape for a in output.attentions] == [(2, 3, 17, 17)] * 3
+    assert model(images).hidden_states is None and not model(images).attentions
 
 
 def test_every_parameter_is_initialised_and_frozen_gain_stays_frozen(tmp_path):

@@ -75,7 +75,10 @@ def test_run_writes_metrics_of_every_step_and_knn_before_the_first(run):
 
 
 def run_snippet(printed: str, folder) -> str:
-    """Runs the five lines that a run ends with where there is an `image.jpg`; returns shape and class they lead to."""
+    """Runs the five lines that a run ends with where there is an `image.jpg`; returns shape and class they lead to.
+
+    Not in the run's own folder: the code beside the weights would be found there before the package.
+    """
     snippet = printed[printed.index("import modeling_dino") :].strip()
     assert len(snippet.splitlines()) == 5
     Image.new("RGB", (40, 30)).save(folder / "image.jpg")
@@ -106,6 +109,9 @@ def test_training_goes_on_from_a_checkpoint_of_the_original(recipe, parquet_fold
     student, teacher, center = started_from(
         tmp_path / "converted", recipe, parquet_folder, tmp_path / "out", *overrides
     )
+    finished = command("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "no",
+                       "--resume_from_checkpoint", tmp_path / "converted")  # fmt: skip
+    assert finished.returncode == 2 and "weights alone are for --init_from" in finished.stderr
     original = torch.load(FIXTURES / "checkpoint.pth", weights_only=False)
     assert torch.equal(center, original["dino_loss"]["center"])
     for ours, theirs in ((student, original["student"]), (teacher, original["teacher"])):
@@ -124,9 +130,12 @@ def test_training_starts_from_a_backbone_with_heads_that_are_alike(run, recipe, 
 
 
 def test_weights_of_another_network_are_no_start(run, recipe, parquet_folder, tmp_path):
+    """Also where all shapes are the same."""
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--init_from", run[0])
-    finished = command(*argv, "--config_overrides", "hidden_size=48")
-    assert finished.returncode == 2 and "is another network: size mismatch for " in finished.stderr
+    finished = command(*argv, "--config_overrides", "num_attention_heads=3")
+    assert finished.returncode == 2 and "is another network: it has num_attention_heads 2, not 3" in finished.stderr
+    finished = command(*argv, "--init_from", FIXTURES / "backbone.pth")
+    assert finished.returncode == 2 and "is a file; make a folder of it with dino-convert" in finished.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -250,7 +259,8 @@ def test_unlabelled_flat_folder_of_one_channel(recipe, flat_folder, tmp_path):
     argv = ("--config", recipe, "--dataset_name", flat_folder, "--output_dir", tmp_path, "--num_local_crops", "0")
     printed = trained(*argv, "--config_overrides", "num_channels=1", "--image_mean", "0.5", "--image_std", "0.2")
     assert len(losses(tmp_path)) == 2
-    assert run_snippet(printed, tmp_path) == "(1, 24) DINOModel"
+    (tmp_path / "elsewhere").mkdir()
+    assert run_snippet(printed, tmp_path / "elsewhere") == "(1, 24) DINOModel"
 
 
 def test_knn_command_writes_results_beside_baselines(run, parquet_folder, tmp_path):

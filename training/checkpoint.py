@@ -81,9 +81,32 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
             raise ValueError(f"there is no checkpoint in {output_dir / 'checkpoints'} to resume from")
         return found[-1]
     folder = Path(resume_from_checkpoint)
-    if not (folder / "state.pt").is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no state.pt")
+    if not (folder / "rank_0.pt").is_file():
+        raise ValueError(
+            f"{folder} is no checkpoint of a run, which has state.pt and rank_0.pt; weights alone are for --init_from"
+        )
     return folder
+
+
+# fields of a config that say nothing about what the network computes of an image
+_ABOUT_THE_FILE = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+_ABOUT_ITS_USE = {
+    *("drop_path_rate", "initializer_range", "n_last_blocks", "avgpool_patchtokens", "interleave_features"),
+    *("freeze_backbone", "id2label", "label2id", "problem_type", "out_features", "out_indices", "stage_names"),
+}
+_ABOUT_THE_HEAD = {
+    *("out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers", "use_bn_in_head", "norm_last_layer")
+}
+
+
+def _check_same_network(
+    name: Path | str, saved: DINOForPreTraining, model: DINOForPreTraining, ignored: set[str]
+) -> None:
+    ours, theirs = model.config.to_dict(), saved.config.to_dict()
+    differing = [key for key in ours if key not in ignored and ours[key] != theirs.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} {theirs.get(key)}, not {ours[key]}" for key in differing)
+        raise ValueError(f"{name} is another network: it has {changes}")
 
 
 def load_initial_weights(
@@ -92,30 +115,30 @@ def load_initial_weights(
     """Starts from the weights of another training, as --init_from names them.
 
     A checkpoint of ours, or what `dino-convert` makes of one of the original's, gives both networks and the centre.
-    Any other model, a folder or Hub id, gives both networks the same weights; if it is a backbone alone, their heads
-    start alike and anew.
+    Any other model of ours, a folder or Hub id, gives both networks the same weights; if it is a backbone alone, their
+    heads start alike and anew.
 
     Raises:
         ValueError: weights that are not there, or do not fit.
     """
     folder = Path(name).expanduser()
-    if (folder / "student").is_dir() and (folder / "teacher").is_dir():
-        names = {"student": folder / "student", "teacher": folder / "teacher"}
-    else:
-        names = {"student": name, "teacher": name}
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; make a folder of it with dino-convert")
+    both = (folder / "student").is_dir() and (folder / "teacher").is_dir()
     for which, model in (("student", student), ("teacher", teacher)):
-        saved, info = DINOForPreTraining.from_pretrained(names[which], output_loading_info=True)
-        without_head = all(key.startswith("head.") for key in info["missing_keys"]) and info["missing_keys"]
-        if info["missing_keys"] and not without_head:
-            raise ValueError(f"{names[which]} lacks weights of the backbone, such as {min(info['missing_keys'])}")
-        try:
-            if without_head:
-                model.dino.load_state_dict(saved.dino.state_dict())
-            else:
-                model.load_state_dict(saved.state_dict())
-        except RuntimeError as error:  # one line a tensor, after a first that tells nothing
-            raise ValueError(f"{names[which]} is another network: {str(error).splitlines()[1].strip()}") from error
-    if (folder / "state.pt").is_file():
+        source = folder / which if both else folder if folder.exists() else name
+        saved, info = DINOForPreTraining.from_pretrained(source, output_loading_info=True)
+        head = {key for key in saved.state_dict() if key.startswith("head.")}
+        if info["missing_keys"] and set(info["missing_keys"]) != head:
+            raise ValueError(
+                f"{source} lacks weights, such as {min(info['missing_keys'])}; a model that is not ours becomes so by "
+                "dino-convert"
+            )
+        without_head = bool(info["missing_keys"])
+        ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE | (_ABOUT_THE_HEAD if without_head else set())
+        _check_same_network(source, saved, model, ignored)
+        (model.dino if without_head else model).load_state_dict((saved.dino if without_head else saved).state_dict())
+    if both and (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", map_location=dino_loss.center.device, weights_only=True)
         dino_loss.center.copy_(state["center"])
 
@@ -138,12 +161,7 @@ def load_checkpoint(
     """
     for name, model in (("student", student), ("teacher", teacher)):
         saved = DINOForPreTraining.from_pretrained(folder / name)
-        ours, theirs = model.config.to_dict(), saved.config.to_dict()
-        about_the_file = ("_name_or_path", "architectures", "dtype", "transformers_version")
-        differing = [key for key in ours if key not in about_the_file and ours[key] != theirs.get(key)]
-        if differing:
-            changes = ", ".join(f"{key} {theirs.get(key)}, not {ours.get(key)}" for key in differing)
-            raise ValueError(f"the {name} of {folder} is another network: it has {changes}")
+        _check_same_network(folder / name, saved, model, _ABOUT_THE_FILE)
         model.load_state_dict(saved.state_dict())
     state = torch.load(folder / "state.pt", map_location=accelerator.device, weights_only=True)
     dino_loss.center.copy_(state["center"])
