@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_origin
@@ -30,7 +31,10 @@ class TrainingArguments(AugmentationArguments):
     image_column: str | None = HfArg(default=None, help="Column of the images; found by itself when there is one.")
     streaming: bool = HfArg(default=False, help="Read the data while training, without preparing it first.")
     num_examples: int | None = HfArg(default=None, help="Images per epoch; for streams, which do not know it.")
-    num_workers: int = HfArg(default=8, help="Worker processes per process that decode and crop.")
+    num_workers: int = HfArg(
+        default_factory=lambda: min(8, os.cpu_count() or 1),
+        help="Worker processes per process that decode and crop. Default: 8, or as many as there are cores.",
+    )
 
     model_config: str = HfArg(
         default="vit_small_patch16", help="JSON of a DINOConfig: a path, or a name in configs/models."

@@ -258,9 +258,8 @@ def train(args: TrainingArguments) -> Path:
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
     first_step, data_state = 0, None
-    running = torch.zeros(
-        3, device=accelerator.device
-    )  # loss, teacher entropy and steps since the last line of metrics
+    # sums of loss, teacher entropy and steps since the last line of metrics
+    running = torch.zeros(3, device=accelerator.device)
     if checkpoint:
         first_step, data_state, running = load_checkpoint(
             accelerator, checkpoint, student, teacher, dino_loss, optimizer
