@@ -17,6 +17,10 @@ from modeling_dino.image_processing_dino import PILLOW_MODES
 from .images import decode_image
 
 
+# the models of transformers whose `pooler_output` comes from a layer that DINO does not have and nobody trained
+_WITH_UNTRAINED_POOLER = ("vit", "deit")
+
+
 class ImageCollator:
     """Rows of `load_images` -> a batch of pixel values, as the image processor makes them, and the labels."""
 
@@ -40,7 +44,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, object]:
         ValueError: if the checkpoint lacks weights of the model, other than a stock ViT's pooler, which nothing uses.
     """
     model, info = AutoModel.from_pretrained(name, output_loading_info=True)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(info["missing_keys"])
+    if model.config.model_type in _WITH_UNTRAINED_POOLER:
+        missing = [key for key in missing if not key.startswith("pooler.")]
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
     model.eval().to(PartialState().device)
@@ -48,9 +54,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, object]:
     return model, AutoImageProcessor.from_pretrained(name, backend=backend)
 
 
-def pooled(output) -> torch.Tensor:
+def pooled(model: PreTrainedModel, output) -> torch.Tensor:
     """The image's feature in a backbone's output: CLS after the final norm, or the pooled map of a network without."""
-    if output.last_hidden_state.ndim == 3:  # not `pooler_output`, which in a stock ViT is a random layer
+    if model.config.model_type in _WITH_UNTRAINED_POOLER:
         return output.last_hidden_state[:, 0]
     return output.pooler_output.flatten(1)
 
@@ -93,7 +99,7 @@ def extract_features(
     bar = tqdm(loader, desc=description, total=num_batches, leave=False, disable=not state.is_main_process)
     for pixel_values, batch_labels in bar:
         output = model(pixel_values.to(model.device, model.dtype, non_blocking=True))
-        features.append(pooled(output).float().cpu())
+        features.append(pooled(model, output).float().cpu())
         labels.extend(batch_labels)
     model.train(was_training)
     share = [(torch.cat(features) if features else torch.empty(0, 0), labels)]

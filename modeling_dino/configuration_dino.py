@@ -4,11 +4,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.models.auto import CONFIG_MAPPING
 
 
 _AT_LEAST_ONE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels"),
     *("out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers", "n_last_blocks"),
+)
+# fields of our Vision Transformer, which say nothing about another network
+VIT_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("qkv_bias", "drop_path_rate", "patch_size", "position_interpolation"),
+    *("n_last_blocks", "avgpool_patchtokens", "interleave_features"),
 )
 # which class opens a saved folder for which auto class, all of them from the same checkpoint
 _AUTO_MAP = {
@@ -20,12 +27,19 @@ _AUTO_MAP = {
 }
 
 
+def _config_of_network(model_type: str | None = None, **fields) -> PreTrainedConfig:
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"backbone_config needs the model_type of a network in transformers, got {model_type}")
+    return CONFIG_MAPPING[model_type](**fields)
+
+
 @strict
 class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of [`DINOModel`] (a Vision Transformer) and of what is put on it: the projection head of
-    [`DINOForPreTraining`], the linear classifier of [`DINOForImageClassification`], the feature maps of
-    [`DINOBackbone`]. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536 prototypes.
+    Configuration of [`DINOModel`] (a Vision Transformer, or any network by `backbone_config`) and of what is put on
+    it: the projection head of [`DINOForPreTraining`], the linear classifier of [`DINOForImageClassification`], the
+    feature maps of [`DINOBackbone`]. The defaults are ViT-S/16 of the paper (arXiv 2104.14294) with its 65536
+    prototypes.
 
     Args:
         hidden_size (`int`, defaults to 384): Width of the tokens.
@@ -45,6 +59,11 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
             How position embeddings are resampled for other image sizes. `"scale_factor"` does as the original does,
             with its offset of 0.1 patches; `"size"` does as ViT of transformers does. The two differ at every size but
             `image_size`, so keep the one that the weights were trained with.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Another network instead of the Vision Transformer: the config of any model of transformers with pooled
+            features (ResNet, ConvNeXt, Swin, ...), or a `TimmWrapperConfig` for one of timm's (XCiT, ...). A dictionary
+            names it by `model_type`. Of the fields above, only `image_size` (of the image processor), `num_channels`
+            and `initializer_range` (of the head) then mean anything.
         out_dim (`int`, defaults to 65536): Number of prototypes, K in the paper.
         head_hidden_dim (`int`, defaults to 2048): Width of the head's hidden layers.
         head_bottleneck_dim (`int`, defaults to 256): Width of the L2-normalised bottleneck.
@@ -75,9 +94,11 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
 
     >>> config = DINOConfig(patch_size=8)
     >>> model = DINOModel(config)  # ViT-S/8 with random weights
+    >>> model = DINOModel(DINOConfig(backbone_config={"model_type": "resnet"}))  # ResNet-50
     ```"""
 
     model_type = "dino"
+    sub_configs = {"backbone_config": PreTrainedConfig}
 
     hidden_size: int = 384
     num_hidden_layers: int = 12
@@ -92,6 +113,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int = 16
     num_channels: int = 3
     position_interpolation: str = "scale_factor"
+    backbone_config: dict | PreTrainedConfig | None = None
     out_dim: int = 65536
     head_hidden_dim: int = 2048
     head_bottleneck_dim: int = 256
@@ -110,6 +132,8 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = _config_of_network(**self.backbone_config)
         kwargs["auto_map"] = dict(_AUTO_MAP)
         super().__post_init__(**kwargs)
 
@@ -139,6 +163,22 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 "interleave_features needs avgpool_patchtokens and n_last_blocks = 1, got "
                 f"{self.avgpool_patchtokens} and {self.n_last_blocks}"
+            )
+
+    def validate_backbone_config(self):
+        if self.backbone_config is None:
+            return
+        fields = self.backbone_config.to_dict()
+        if fields["model_type"] == self.model_type:
+            raise ValueError("backbone_config is for networks other than DINO's own Vision Transformer")
+        if fields["model_type"] == "timm_wrapper":
+            num_channels = (fields["model_args"] or {}).get("in_chans", 3)
+        else:
+            num_channels = fields.get("num_channels", self.num_channels)
+        if num_channels != self.num_channels:
+            raise ValueError(
+                f"num_channels must be the backbone's too, got {self.num_channels} and, in backbone_config, "
+                f"{num_channels}"
             )
 
     def validate_position_interpolation(self):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -81,7 +81,7 @@ class DINOEmbeddings(nn.Module):
         if height % patch_size or width % patch_size:
             raise ValueError(f"image height and width must be multiples of {patch_size}, got {height}x{width}")
         patches = self.patch_embeddings(pixel_values)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return tokens + self.interpolate_pos_encoding(height // patch_size, width // patch_size)
 
 
@@ -203,13 +203,13 @@ class DINOPrototypes(nn.Module):
 class DINOHead(nn.Module):
     """Projection head: an MLP, L2 normalisation, and one cosine similarity a prototype.
 
-    Takes features (rows, hidden_size) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
+    Takes features (rows, in_dim) and returns logits (rows, out_dim). `vision_transformer.py` of the original.
     """
 
-    def __init__(self, config: DINOConfig):
+    def __init__(self, config: DINOConfig, in_dim: int):
         super().__init__()
         hidden_dims = [config.head_hidden_dim] * (config.head_num_layers - 1)
-        layers, in_dim = [], config.hidden_size
+        layers = []
         for hidden_dim in hidden_dims:
             layers.append(nn.Linear(in_dim, hidden_dim))
             if config.use_bn_in_head:
@@ -222,6 +222,24 @@ class DINOHead(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         bottleneck = nn.functional.normalize(self.mlp(features), dim=-1)
         return self.last_layer(bottleneck)
+
+
+class DINOTimmModel(TimmWrapperModel):
+    """A network of timm that starts as timm starts it.
+
+    `TimmWrapperModel` means to hold trained weights, and draws all others anew with one standard deviation.
+    """
+
+    _is_built = False
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self._is_built = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if self._is_built:  # what `from_pretrained` has not found
+            super()._init_weights(module)
 
 
 class DINOClassifier(nn.Linear):
@@ -274,27 +292,61 @@ class DINOPreTrainedModel(PreTrainedModel):
 
 
 @auto_docstring(
-    custom_intro="The DINO Vision Transformer, without a head. Takes any image size that the patch size divides."
+    custom_intro="""
+    The network that DINO trains, without a head: its Vision Transformer, which takes any image size that the patch
+    size divides, or the network of `config.backbone_config`.
+    """
 )
 class DINOModel(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
-        depth = config.num_hidden_layers
-        drop_probs = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.embeddings = DINOEmbeddings(config)
-        self.layers = nn.ModuleList([DINOLayer(config, drop_prob) for drop_prob in drop_probs])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.backbone_config is None:
+            depth = config.num_hidden_layers
+            drop_probs = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+            self.embeddings = DINOEmbeddings(config)
+            self.layers = nn.ModuleList([DINOLayer(config, drop_prob) for drop_prob in drop_probs])
+            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        elif config.backbone_config.model_type == "timm_wrapper":
+            self.backbone = DINOTimmModel(config.backbone_config)
+        else:
+            self.backbone = AutoModel.from_config(config.backbone_config)
         self.post_init()
+
+    @property
+    def num_features(self) -> int:
+        """Width of `pooler_output`."""
+        network = self.config.backbone_config
+        if network is None:
+            return self.config.hidden_size
+        if network.model_type == "timm_wrapper":
+            return self.backbone.timm_model.head_hidden_size
+        return network.hidden_sizes[-1] if "hidden_sizes" in network.to_dict() else network.hidden_size
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        if self.config.backbone_config is not None:
+            return self._forward_network(pixel_values, **kwargs)
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)  # (batch, 1 + patches, hidden)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+    def _forward_network(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        if self.config.backbone_config.model_type == "swin":
+            # else a crop smaller than a window shrinks it, for all images after it too, and the position bias does not
+            # fit any more
+            kwargs["always_partition"] = True
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is for DINO's own Vision Transformer: ask it of `model.backbone`")
+        output = self.backbone(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=output.pooler_output.flatten(1),  # (batch, num_features)
+        )
 
     def get_intermediate_layers(self, pixel_values: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
         """The tokens (batch, 1 + patches, hidden) that the last `n` blocks put out, each after the final norm.
@@ -303,8 +355,10 @@ class DINOModel(DINOPreTrainedModel):
         the norm.
 
         Raises:
-            ValueError: if there are fewer than `n` blocks.
+            ValueError: if there are fewer than `n` blocks, or none as there is another network.
         """
+        if self.config.backbone_config is not None:
+            raise ValueError(f"{type(self.backbone).__name__} has no blocks of a Vision Transformer")
         if not 1 <= n <= len(self.layers):
             raise ValueError(f"n must be from 1 to the network's {len(self.layers)} blocks, got {n}")
         hidden_states, outputs = self.embeddings(pixel_values), []
@@ -321,8 +375,9 @@ class DINOForPreTrainingOutput(ModelOutput):
     r"""
     logits (`torch.FloatTensor` of shape `(num_crops * batch_size, out_dim)`):
         One row a crop, in the order of the input: all images of the first crop, then all of the second, and so on.
-    pooler_output (`torch.FloatTensor` of shape `(num_crops * batch_size, hidden_size)`):
-        The backbone's features (CLS after the final norm) that the logits were computed from.
+    pooler_output (`torch.FloatTensor` of shape `(num_crops * batch_size, num_features)`):
+        The backbone's features that the logits were computed from: CLS after the final norm, or the pooled map of a
+        network without.
     """
 
     logits: torch.FloatTensor | None = None
@@ -334,7 +389,7 @@ class DINOForPreTraining(DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
         self.dino = DINOModel(config)
-        self.head = DINOHead(config)
+        self.head = DINOHead(config, self.dino.num_features)
         self.post_init()
 
     @can_return_tuple
@@ -362,7 +417,7 @@ class DINOForPreTraining(DINOPreTrainedModel):
     custom_intro="""
     A linear classifier on DINO features: the paper's linear probe with `config.freeze_backbone`, fine-tuning without.
     It sees the CLS token of the last `config.n_last_blocks` blocks and, with `config.avgpool_patchtokens`, the mean of
-    the last block's patch tokens.
+    the last block's patch tokens; of another network by `config.backbone_config`, the pooled features.
     """
 )
 class DINOForImageClassification(DINOPreTrainedModel):
@@ -370,12 +425,14 @@ class DINOForImageClassification(DINOPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.dino = DINOModel(config)
-        if config.n_last_blocks > config.num_hidden_layers:
-            raise ValueError(
-                f"n_last_blocks must be at most the network's {config.num_hidden_layers} blocks, got "
-                f"{config.n_last_blocks}"
-            )
-        num_features = config.hidden_size * (config.n_last_blocks + config.avgpool_patchtokens)
+        num_features = self.dino.num_features
+        if config.backbone_config is None:
+            if config.n_last_blocks > config.num_hidden_layers:
+                raise ValueError(
+                    f"n_last_blocks must be at most the network's {config.num_hidden_layers} blocks, got "
+                    f"{config.n_last_blocks}"
+                )
+            num_features *= config.n_last_blocks + config.avgpool_patchtokens
         self.classifier = DINOClassifier(num_features, config.num_labels)
         self.post_init()
         self.dino.requires_grad_(not config.freeze_backbone)
@@ -391,7 +448,7 @@ class DINOForImageClassification(DINOPreTrainedModel):
         return self
 
     def features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What the classifier sees, (batch, in_features), of the backbone's `hidden_states`. The original's
+        """What the classifier sees, (batch, in_features), of the Vision Transformer's `hidden_states`. The original's
         `eval_linear.py`."""
         config = self.config
         layers = [self.dino.layernorm(tokens) for tokens in hidden_states[-config.n_last_blocks :]]
@@ -411,8 +468,13 @@ class DINOForImageClassification(DINOPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
-        output = self.dino(pixel_values, output_hidden_states=True, **kwargs)
-        logits = self.classifier(self.features(output.hidden_states))
+        if self.config.backbone_config is None:
+            output = self.dino(pixel_values, output_hidden_states=True, **kwargs)
+            features = self.features(output.hidden_states)
+        else:
+            output = self.dino(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
+            features = output.pooler_output
+        logits = self.classifier(features)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss,
@@ -426,6 +488,8 @@ class DINOForImageClassification(DINOPreTrainedModel):
 class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
+        if config.backbone_config is not None:
+            raise ValueError(f"feature maps of a {config.backbone_config.model_type} are given by a backbone of its own")
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.dino = DINOModel(config)
         self.post_init()

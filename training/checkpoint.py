@@ -99,13 +99,23 @@ _ABOUT_THE_HEAD = {
 }
 
 
+def _flat(fields: dict, prefix: str = "") -> dict:
+    """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}"""
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 def _check_same_network(
     name: Path | str, saved: DINOForPreTraining, model: DINOForPreTraining, ignored: set[str]
 ) -> None:
-    ours, theirs = model.config.to_dict(), saved.config.to_dict()
-    differing = [key for key in ours if key not in ignored and ours[key] != theirs.get(key)]
+    ours, theirs = (_flat(config.to_dict()) for config in (model.config, saved.config))
+    differing = [
+        key for key in ours | theirs if not ignored & set(key.split(".")) and ours.get(key) != theirs.get(key)
+    ]
     if differing:
-        changes = ", ".join(f"{key} {theirs.get(key)}, not {ours[key]}" for key in differing)
+        changes = ", ".join(f"{key} {theirs.get(key)}, not {ours.get(key)}" for key in differing)
         raise ValueError(f"{name} is another network: it has {changes}")
 
 

@@ -24,4 +24,4 @@ import modeling_dino, {library}
 from transformers import AutoImageProcessor, AutoModel
 processor, model = (Auto.from_pretrained("{output_dir}") for Auto in (AutoImageProcessor, AutoModel))
 inputs = processor({image}, return_tensors="pt"{options})
-features = model(**inputs).pooler_output  # (1, {backbone.config.hidden_size})'''
+features = model(**inputs).pooler_output  # (1, {backbone.num_features})'''

@@ -14,16 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset
 from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto import CONFIG_MAPPING
+from transformers.utils import is_timm_available
 
 from evaluation.features import extract_features
 from evaluation.images import load_images
 from evaluation.knn import knn_accuracy
 from modeling_dino import DINOConfig, DINOForPreTraining
 from modeling_dino.command_line import nearest
+from modeling_dino.configuration_dino import VIT_FIELDS
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .arguments import CONFIGS, TrainingArguments, find_config
 from .augmentation import CropBatch, apply_photometrics
+from .batch_norm import share_batch_norms_
 from .checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -57,10 +61,14 @@ def load_config(args: TrainingArguments) -> DINOConfig:
         name, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"config_overrides must be written as field=value, got {override}")
+        *parents, name = name.split(".")
+        target = fields
+        for parent in parents:  # backbone_config.depths=[2,2,2,2]
+            target = target.setdefault(parent, {})
         try:
-            fields[name] = json.loads(value)
+            target[name] = json.loads(value)
         except json.JSONDecodeError:
-            fields[name] = value  # a word
+            target[name] = value  # a word
     allowed = DINOConfig().to_dict()
     for name in fields:
         if name not in allowed:
@@ -68,10 +76,13 @@ def load_config(args: TrainingArguments) -> DINOConfig:
     try:
         config = DINOConfig(**fields)
     except StrictDataclassError as error:
-        raise ValueError(f"model config: {error.__cause__}") from error
+        raise ValueError(f"model config: {error.__cause__ or error}") from error
+    if config.backbone_config is not None:
+        check_backbone_config(fields)
     for name in ("global_crop_size", "local_crop_size"):
         size = getattr(args, name)
-        if size % config.patch_size and (name == "global_crop_size" or args.num_local_crops):
+        is_used = config.backbone_config is None and (name == "global_crop_size" or args.num_local_crops)
+        if is_used and size % config.patch_size:
             raise ValueError(f"{name} must be a multiple of the patch size {config.patch_size}, got {size}")
     for name in ("image_mean", "image_std"):
         if len(getattr(args, name)) not in (1, config.num_channels):
@@ -82,6 +93,20 @@ def load_config(args: TrainingArguments) -> DINOConfig:
     return config
 
 
+def check_backbone_config(fields: dict) -> None:
+    """Finds what `DINOConfig` lets through: names that the network of `fields["backbone_config"]` does not have."""
+    for name in VIT_FIELDS:
+        if name in fields:
+            raise ValueError(f"{name} is a field of the Vision Transformer, and there is a backbone_config")
+    given = fields["backbone_config"]
+    allowed = CONFIG_MAPPING[given["model_type"]]().to_dict()
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"the config of a {given['model_type']} has no field {name}{nearest(name, allowed)}")
+    if given["model_type"] == "timm_wrapper" and not is_timm_available():
+        raise ValueError(f"{given.get('architecture')} is of timm, which is not installed: pip install timm")
+
+
 def make_teacher(student: DINOForPreTraining) -> DINOForPreTraining:
     """A copy with the student's weights that is never trained and never drops a path.
 
@@ -89,6 +114,11 @@ def make_teacher(student: DINOForPreTraining) -> DINOForPreTraining:
     """
     config = copy.deepcopy(student.config)
     config.drop_path_rate = 0.0
+    network = config.backbone_config
+    if network is not None and network.model_type == "timm_wrapper":
+        network.model_args = {k: v for k, v in (network.model_args or {}).items() if k != "drop_path_rate"}
+    elif network is not None and "drop_path_rate" in network.to_dict():
+        network.drop_path_rate = 0.0
     teacher = DINOForPreTraining(config)
     teacher.load_state_dict(student.state_dict())
     return teacher.requires_grad_(False)
@@ -229,8 +259,6 @@ def train(args: TrainingArguments) -> Path:
     accelerator = make_accelerator()
     output_dir = Path(args.output_dir)
     config = load_config(args)
-    if config.use_bn_in_head and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        raise ValueError("use_bn_in_head needs one process, or GPUs: on CPU its statistics cannot be shared")
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     loader = CropLoader(args, config.num_channels)
     global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
@@ -252,7 +280,8 @@ def train(args: TrainingArguments) -> Path:
     if args.init_from and not checkpoint:
         load_initial_weights(args.init_from, student, teacher, dino_loss)
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
-        student, teacher = (torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in (student, teacher))
+        share_batch_norms_(student, accelerator.device)
+        share_batch_norms_(teacher, accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
     model, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
