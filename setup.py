@@ -3,6 +3,10 @@ from pathlib import Path
 from setuptools import setup
 
 
+TIMM = ["timm>=1.0"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", *TIMM, *ONNX]
+
 setup(
     name="dino-hf",
     version="0.1.0",
@@ -30,16 +34,10 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", "timm>=1.0"],
-        "dev": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
-            "pytest-xdist>=3.5",
-            "scipy>=1.11",
-            "timm>=1.0",
-            "ruff>=0.12",
-            "pre-commit>=4",
-        ],
+        "timm": TIMM,
+        "onnx": ONNX,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.12", "pre-commit>=4"],
     },
     entry_points={
         "console_scripts": [

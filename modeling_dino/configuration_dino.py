@@ -61,9 +61,9 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
             `image_size`, so keep the one that the weights were trained with.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
             Another network instead of the Vision Transformer: the config of any model of transformers with pooled
-            features (ResNet, ConvNeXt, Swin, ...), or a `TimmWrapperConfig` for one of timm's (XCiT, ...). A dictionary
-            names it by `model_type`. Of the fields above, only `image_size` (of the image processor), `num_channels`
-            and `initializer_range` (of the head) then mean anything.
+            features (ResNet, ConvNeXt, Swin, ...), or a `TimmWrapperConfig` for one of timm's (XCiT, ...). A
+            dictionary names it by `model_type`. Of the fields above, only `image_size` (of the image processor),
+            `num_channels` and `initializer_range` (of the head) then mean anything.
         out_dim (`int`, defaults to 65536): Number of prototypes, K in the paper.
         head_hidden_dim (`int`, defaults to 2048): Width of the head's hidden layers.
         head_bottleneck_dim (`int`, defaults to 256): Width of the L2-normalised bottleneck.

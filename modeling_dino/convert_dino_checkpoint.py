@@ -1,9 +1,9 @@
-"""`dino-convert SOURCE OUTPUT`: every DINO Vision Transformer that has been published -> ours, and ours -> theirs.
+"""`dino-convert SOURCE OUTPUT`: every DINO network that has been published -> ours, and ours -> theirs.
 
-In: the original's `.pth` files (a backbone, a whole training checkpoint, a linear classifier beside its backbone), a
-stock ViT of transformers, timm's `.dino` models, our own folders. Out: our folder, a stock ViT that needs no code of
-ours, or a `.pth` in the original's names. Weights are moved, never changed: there and back again is byte-equal, but
-that half precision becomes single.
+In: the original's `.pth` files (a backbone: Vision Transformer, ResNet or XCiT; a whole training checkpoint; a linear
+classifier beside its backbone), a stock ViT of transformers, timm's `.dino` models, our own folders. Out: our folder,
+a stock ViT that needs no code of ours, a `.pth` in the original's names, or ONNX. Weights are moved, never changed:
+there and back again is byte-equal, but that half precision becomes single.
 """
 
 import argparse
@@ -22,68 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ViTConfig
 from transformers.utils.logging import disable_progress_bar
 
+from .checkpoint_names import State, join, original_names, split, stock_vit_names
 from .command_line import Parser, run
 from .configuration_dino import DINOConfig
+from .export_onnx import save_as_onnx
 from .image_processing_dino import make_image_processor
 from .modeling_dino import DINOForImageClassification, DINOForPreTraining, DINOModel, DINOPreTrainedModel
-
-
-State = dict[str, torch.Tensor]
-
-# ours -> the original's (and timm's), in the embeddings and in a block
-_ORIGINAL = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
-}
-_ORIGINAL_BLOCK = {
-    "layernorm_before": "norm1",
-    "attention.qkv": "attn.qkv",
-    "attention.o_proj": "attn.proj",
-    "layernorm_after": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-# ours -> a stock ViT's, as its files have them; where there are three, the rows of ours are theirs one after another
-_VIT_BLOCK = {
-    "layernorm_before": ("layernorm_before",),
-    "attention.qkv": tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
-    "attention.o_proj": ("attention.output.dense",),
-    "layernorm_after": ("layernorm_after",),
-    "mlp.fc1": ("intermediate.dense",),
-    "mlp.fc2": ("output.dense",),
-}
-_EMBEDDINGS = ("embeddings.cls_token", "embeddings.position_embeddings")  # parameters, not layers with weight and bias
-
-
-def original_names(config: DINOConfig) -> dict[str, str]:
-    """Our name of each tensor of a [`DINOModel`] -> the original's."""
-    layers = {ours: theirs for ours, theirs in _ORIGINAL.items() if ours not in _EMBEDDINGS}
-    for i in range(config.num_hidden_layers):
-        layers |= {f"layers.{i}.{ours}": f"blocks.{i}.{theirs}" for ours, theirs in _ORIGINAL_BLOCK.items()}
-    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in ("weight", "bias")}
-    return {name: _ORIGINAL[name] for name in _EMBEDDINGS} | {
-        ours: theirs for ours, theirs in names.items() if config.qkv_bias or not ours.endswith("attention.qkv.bias")
-    }
-
-
-def vit_names(config: DINOConfig) -> dict[str, tuple[str, ...]]:
-    """Our name of each tensor of a [`DINOModel`] -> those of a stock ViT's file."""
-    names = {}
-    for ours in original_names(config):
-        if not ours.startswith("layers."):
-            names[ours] = (ours,)
-            continue
-        _, block, layer = ours.split(".", 2)
-        layer, kind = layer.rsplit(".", 1)
-        names[ours] = tuple(f"encoder.layer.{block}.{theirs}.{kind}" for theirs in _VIT_BLOCK[layer])
-    return names
-
-
-def _renamed(state: State, names: dict[str, str]) -> State:
-    """By `names`, keeping what they do not have, so that it shows as unexpected."""
-    return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
 @dataclass
@@ -124,26 +68,23 @@ def read_safetensors(path: Path) -> State:
         raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
 
 
-def _infer_config(backbone: State, head: State, num_attention_heads: int | None, **fields) -> DINOConfig:
-    """The config of a backbone, and perhaps a head, in the original's names. Only the heads do not show in shapes."""
+def _vit_fields(backbone: State, num_attention_heads: int | None) -> dict:
+    """The config of the original's Vision Transformer. Only the heads do not show in shapes."""
     needed = ["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
     if missing := [name for name in needed if name not in backbone]:
         raise ValueError(
-            f"no Vision Transformer of DINO's: there is no {', '.join(missing)}; its keys begin with "
+            f"no network of DINO's: of its Vision Transformer, there is no {', '.join(missing)}; the keys begin with "
             f"{', '.join(list(backbone)[:3])}"
         )
-    if head and not {"last_layer.weight_v", "last_layer.weight_g"} <= head.keys():
-        raise ValueError(f"no head of DINO's: its last layer has {', '.join(k for k in head if 'last_layer' in k)}")
     position, patch = backbone["pos_embed"], backbone["patch_embed.proj.weight"]
     hidden_size = position.shape[-1]
     if num_attention_heads is None:
         if hidden_size % 64:
             raise ValueError(f"give --num_attention_heads: the width {hidden_size} is not made of heads of 64")
         num_attention_heads = hidden_size // 64
-    blocks = {int(name.split(".")[1]) for name in backbone if name.startswith("blocks.")}
-    fields |= {
+    return {
         "hidden_size": hidden_size,
-        "num_hidden_layers": len(blocks),
+        "num_hidden_layers": len({name.split(".")[1] for name in backbone if name.startswith("blocks.")}),
         "num_attention_heads": num_attention_heads,
         "mlp_ratio": backbone["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
         "qkv_bias": "blocks.0.attn.qkv.bias" in backbone,
@@ -151,20 +92,58 @@ def _infer_config(backbone: State, head: State, num_attention_heads: int | None,
         "patch_size": patch.shape[-1],
         "image_size": round((position.shape[1] - 1) ** 0.5) * patch.shape[-1],
     }
-    if head:
-        linear = [tensor for name, tensor in head.items() if name.startswith("mlp.") and tensor.ndim == 2]
-        fields |= {
-            "head_num_layers": len(linear),
-            "head_hidden_dim": linear[0].shape[0],
-            "head_bottleneck_dim": linear[-1].shape[0],
-            "out_dim": head["last_layer.weight_v"].shape[0],
-            "use_bn_in_head": "mlp.1.running_mean" in head,
-            "norm_last_layer": fields.get("norm_last_layer", bool((head["last_layer.weight_g"] == 1).all())),
-        }
-    return DINOConfig(**fields)
 
 
-def _read_network(state: State, num_attention_heads: int | None, **fields) -> tuple[DINOConfig, State]:
+def _resnet_fields(backbone: State) -> dict:
+    """The config of one of torchvision's ResNets."""
+    stages = sorted({name.split(".")[0] for name in backbone if re.match(r"layer\d+\.", name)})
+    blocks = [{name.split(".")[1] for name in backbone if name.startswith(f"{stage}.")} for stage in stages]
+    last = "conv3" if "layer1.0.conv3.weight" in backbone else "conv2"
+    num_channels = backbone["conv1.weight"].shape[1]
+    resnet = {
+        "model_type": "resnet",
+        "num_channels": num_channels,
+        "embedding_size": backbone["conv1.weight"].shape[0],
+        "hidden_sizes": [backbone[f"{stage}.0.{last}.weight"].shape[0] for stage in stages],
+        "depths": [len(of_stage) for of_stage in blocks],
+        "layer_type": "bottleneck" if last == "conv3" else "basic",
+    }
+    return {"backbone_config": resnet, "num_channels": num_channels}
+
+
+def _xcit_fields(backbone: State) -> dict:
+    """The config of one of the original's XCiTs, which timm has too."""
+    width = backbone["cls_token"].shape[-1]
+    depth = len({name.split(".")[1] for name in backbone if name.startswith("blocks.")})
+    halvings = len({name.split(".")[2] for name in backbone if re.match(r"patch_embed\.proj\.\d+\.0\.weight", name)})
+    names = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}
+    if width not in names:
+        raise ValueError(f"there is no XCiT of width {width}; allowed are {', '.join(map(str, names))}")
+    architecture = f"xcit_{names[width]}_{depth}_p{2**halvings}_224"
+    num_channels = backbone["patch_embed.proj.0.0.weight"].shape[1]
+    xcit = {"model_type": "timm_wrapper", "architecture": architecture, "model_args": {"in_chans": num_channels}}
+    return {"backbone_config": xcit, "num_channels": num_channels}
+
+
+def _head_fields(head: State, norm_last_layer: bool | None) -> dict:
+    if not {"last_layer.weight_v", "last_layer.weight_g"} <= head.keys():
+        raise ValueError(f"no head of DINO's: its last layer has {', '.join(k for k in head if 'last_layer' in k)}")
+    linear = [tensor for name, tensor in head.items() if name.startswith("mlp.") and tensor.ndim == 2]
+    if norm_last_layer is None:
+        norm_last_layer = bool((head["last_layer.weight_g"] == 1).all())
+    return {
+        "head_num_layers": len(linear),
+        "head_hidden_dim": linear[0].shape[0],
+        "head_bottleneck_dim": linear[-1].shape[0],
+        "out_dim": head["last_layer.weight_v"].shape[0],
+        "use_bn_in_head": "mlp.1.running_mean" in head,
+        "norm_last_layer": norm_last_layer,
+    }
+
+
+def _read_network(
+    state: State, num_attention_heads: int | None, drop_path_rate: float = 0.0, norm_last_layer: bool | None = None
+) -> tuple[DINOConfig, State]:
     """A network in the original's names, with or without a head, wrapped by DDP or not -> its config and our names."""
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     head = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
@@ -177,8 +156,15 @@ def _read_network(state: State, num_attention_heads: int | None, **fields) -> tu
     backbone = {
         name.removeprefix("backbone."): tensor for name, tensor in state.items() if not name.startswith("head.")
     }
-    config = _infer_config(backbone, head, num_attention_heads, **fields)
-    backbone = _renamed(backbone, {theirs: ours for ours, theirs in original_names(config).items()})
+    if "cls_attn_blocks.0.norm1.weight" in backbone:
+        fields = _xcit_fields(backbone)
+        fields["backbone_config"]["model_args"] |= {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    elif "layer1.0.conv1.weight" in backbone:
+        fields = _resnet_fields(backbone)
+    else:
+        fields = _vit_fields(backbone, num_attention_heads) | {"drop_path_rate": drop_path_rate}
+    config = DINOConfig(**fields, **(_head_fields(head, norm_last_layer) if head else {}))
+    backbone = split(backbone, original_names(config))
     if not head:
         return config, backbone
     return config, {f"dino.{name}": tensor for name, tensor in backbone.items()} | {
@@ -236,15 +222,10 @@ def _read_vit(folder: Path, config: dict) -> Source:
         # facebook/dino-* say 1e-12, which is ViTConfig's default, and were trained with 1e-6
         layer_norm_eps=1e-6 if vit.layer_norm_eps == 1e-12 else vit.layer_norm_eps,
     )
-    network = {}
-    for name, parts in vit_names(ours).items():
-        if all(part in state for part in parts):
-            tensors = [state.pop(part) for part in parts]
-            network[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     processor = _image_processor(folder)
     # that of facebook/dino-* squeezes images into a square, where the original crops
     kept = processor if processor is not None and processor.do_center_crop else None
-    return Source(ours, {"backbone": network | state}, image_processor=kept)
+    return Source(ours, {"backbone": join(state, stock_vit_names(ours))}, image_processor=kept)
 
 
 def _image_processor(folder: Path):
@@ -256,6 +237,22 @@ def _read_folder(folder: Path) -> State:
         if (folder / name).is_file():
             return read_safetensors(folder / name) if name.endswith("safetensors") else read_pickle(folder / name)
     raise ValueError(f"there are no weights in {folder}: looked for model.safetensors and pytorch_model.bin")
+
+
+def _read_ours(folder: Path) -> State:
+    state, config = _read_folder(folder), DINOConfig.from_pretrained(folder)
+    if config.backbone_config is None:
+        return state
+    # files of some networks have older names, which `from_pretrained` knows
+    model, found = _class_of(state).from_pretrained(folder, output_loading_info=True)
+    unexpected = {name: state[name] for name in found["unexpected_keys"]}
+    return {k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]} | unexpected
+
+
+def _class_of(state: State) -> type[DINOPreTrainedModel]:
+    if any(name.startswith("classifier.") for name in state):
+        return DINOForImageClassification
+    return DINOForPreTraining if any(name.startswith("head.") for name in state) else DINOModel
 
 
 def read(source: str, key: str | None = None, num_attention_heads: int | None = None) -> Source:
@@ -284,7 +281,7 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
     if config.get("model_type") == "vit":
         return _read_vit(path, config)
     if config.get("model_type") == "dino":
-        return Source(DINOConfig.from_pretrained(path), {"backbone": _read_folder(path)}, None, _image_processor(path))
+        return Source(DINOConfig.from_pretrained(path), {"backbone": _read_ours(path)}, None, _image_processor(path))
     if "architecture" in config:  # timm's, which has the original's names
         config, network = _read_network(_read_folder(path), num_attention_heads)
         return Source(config, {"backbone": network})
@@ -293,7 +290,7 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
 
 def _read_training_folder(folder: Path, key: str | None) -> Source:
     """A checkpoint of ours, or what was made of one of the original's."""
-    networks = {name: _read_folder(folder / name) for name in ("student", "teacher")}
+    networks = {name: _read_ours(folder / name) for name in ("student", "teacher")}
     processor = _image_processor(folder / "teacher")
     if key is not None:
         return Source(
@@ -326,19 +323,20 @@ def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_pa
     if state.keys() != {"classifier.weight", "classifier.bias"}:
         raise ValueError(f"{path} is no linear classifier of the original: it has {', '.join(content['state_dict'])}")
     config, backbone = source.config, _only_backbone(source.networks["backbone"])
-    num_labels, width = state["classifier.weight"].shape
+    source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
+    config.num_labels, width = state["classifier.weight"].shape
+    if config.backbone_config is not None:  # of its pooled features; another width shows as misshapen
+        return
     blocks, rest = divmod(width, config.hidden_size)
     if rest or not blocks:
         raise ValueError(f"{path} takes features of width {width}, no multiple of the backbone's {config.hidden_size}")
     guessed_base = n_last_blocks is None and config.hidden_size == 768 and blocks == 2
     pooled = avgpool_patchtokens or guessed_base
-    config.num_labels = num_labels
     config.n_last_blocks = n_last_blocks or blocks - pooled
     config.avgpool_patchtokens = pooled
     config.interleave_features = pooled and config.n_last_blocks == 1
     mean = " and the mean of its patches, by turns" if pooled else ""
     print(f"the classifier takes CLS of the last {config.n_last_blocks} blocks{mean}")
-    source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
 
 
 def build(config: DINOConfig, state: State, allow_partial: bool = False) -> DINOPreTrainedModel:
@@ -347,12 +345,7 @@ def build(config: DINOConfig, state: State, allow_partial: bool = False) -> DINO
     Raises:
         ValueError: lists all keys that are missing, unexpected or of another shape, unless `allow_partial`.
     """
-    if any(name.startswith("classifier.") for name in state):
-        model = DINOForImageClassification(config)
-    elif any(name.startswith("head.") for name in state):
-        model = DINOForPreTraining(config)
-    else:
-        model = DINOModel(config)
+    model = _class_of(state)(config)
     expected = model.state_dict()
     shared = expected.keys() & state.keys()
     problems = {
@@ -370,13 +363,9 @@ def build(config: DINOConfig, state: State, allow_partial: bool = False) -> DINO
     return model.eval()
 
 
-def _backbone(model: DINOPreTrainedModel) -> DINOModel:
-    return model if isinstance(model, DINOModel) else model.dino
-
-
-def save_as_vit(model: DINOPreTrainedModel, output: Path) -> None:
-    """The backbone as a stock `ViTModel` without a pooler, whose outputs at its own image size are the same."""
-    backbone, config = _backbone(model), model.config
+def save_as_vit(backbone: DINOModel, output: Path) -> None:
+    """As a stock `ViTModel` without a pooler, whose outputs at its own image size are the same."""
+    config, state = backbone.config, split(backbone.state_dict(), stock_vit_names(backbone.config))
     vit = ViTConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -390,31 +379,29 @@ def save_as_vit(model: DINOPreTrainedModel, output: Path) -> None:
         num_channels=config.num_channels,
         architectures=["ViTModel"],
     )
-    ours, state = backbone.state_dict(), {}
-    for name, parts in vit_names(config).items():
-        for part, tensor in zip(parts, ours[name].chunk(len(parts)), strict=True):
-            state[part] = tensor.contiguous()
     vit.save_pretrained(output)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, output / "model.safetensors", metadata={"format": "pt"})
 
 
-def _in_original_names(model: DINOPreTrainedModel) -> State:
-    backbone = _renamed(_backbone(model).state_dict(), original_names(model.config))
-    if not isinstance(model, DINOForPreTraining):
-        return backbone
-    head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
-    return {f"backbone.{name}": tensor for name, tensor in backbone.items()} | head
+def _in_original_names(backbone: DINOModel) -> State:
+    return join(backbone.state_dict(), original_names(backbone.config))
 
 
-def save_as_original(models: dict[str, DINOPreTrainedModel], center: torch.Tensor | None, output: Path) -> None:
+def save_as_original(
+    models: dict[str, DINOModel | DINOForPreTraining], center: torch.Tensor | None, output: Path
+) -> None:
     """A `.pth` that the original's scripts read: a backbone, or student, teacher and centre of a training."""
     if "backbone" in models:
-        torch.save(
-            _renamed(_backbone(models["backbone"]).state_dict(), original_names(models["backbone"].config)), output
-        )
+        torch.save(_in_original_names(models["backbone"]), output)
         return
-    content = {name: _in_original_names(model) for name, model in models.items()}
-    content["student"] = {f"module.{name}": tensor for name, tensor in content["student"].items()}
+    content = {}
+    for name, model in models.items():
+        state = {f"backbone.{key}": tensor for key, tensor in _in_original_names(model.dino).items()}
+        state |= {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
+        # the original wraps the teacher by DDP only if it has batch norms
+        wrapped = name == "student" or any(key.endswith("running_mean") for key in state)
+        content[name] = {f"module.{key}": tensor for key, tensor in state.items()} if wrapped else state
     torch.save(content | ({} if center is None else {"dino_loss": {"center": center}}), output)
 
 
@@ -427,43 +414,51 @@ def convert(
     n_last_blocks: int | None = None,
     avgpool_patchtokens: bool = False,
     num_attention_heads: int | None = None,
+    dynamic_image_size: bool = False,
     allow_partial: bool = False,
 ) -> Path:
     """Converts a checkpoint; returns where it was written.
 
     Args:
         source: A `.pth` of the original, a folder or Hub id of ours, of a stock ViT or of timm.
-        output: A folder, or a `.pth` file for `to="original"`. Nothing may be there yet.
-        to: `dino` (ours), `vit` (a stock `ViTModel`) or `original`.
+        output: A folder, or a file for `to="original"` (`.pth`) and `to="onnx"`. Nothing may be there yet.
+        to: `dino` (ours), `vit` (a stock `ViTModel`), `original` or `onnx`.
         key: `teacher` or `student`: this backbone alone of a training checkpoint. Default: both networks, with heads
             and centre, which training goes on from.
         linear: A linear classifier of the original that belongs to the backbone.
         n_last_blocks: Of how many last blocks `linear` takes CLS. Default: as its width tells.
         avgpool_patchtokens: Whether `linear` takes the mean of the patches too.
         num_attention_heads: If heads are not 64 wide.
+        dynamic_image_size: Whether ONNX takes images of any size, instead of the network's own.
         allow_partial: Takes weights that do not fit for what fits of them.
 
     Raises:
         ValueError: what cannot be read, or does not fit.
     """
-    path = Path(output).expanduser()
-    if path.is_file() or (path.is_dir() and (to == "original" or any(path.iterdir()))):
-        raise ValueError(
-            f"{output} is there already; give another {'file' if to == 'original' else 'folder'} to write"
-        )
+    path, to_file = Path(output).expanduser(), to in ("original", "onnx")
+    if path.is_file() or (path.is_dir() and (to_file or any(path.iterdir()))):
+        raise ValueError(f"{output} is there already; give another {'file' if to_file else 'folder'} to write")
+    if dynamic_image_size and to != "onnx":
+        raise ValueError("--dynamic_image_size is for --to onnx; all others take any image size")
     read_source = read(source, key, num_attention_heads)
     if linear is not None:
         if "backbone" not in read_source.networks:
             raise ValueError("--linear needs a backbone: give --key teacher")
         add_linear(read_source, Path(linear).expanduser(), n_last_blocks, avgpool_patchtokens)
-    if to == "vit" and "backbone" not in read_source.networks:
-        raise ValueError("--to vit needs a backbone: give --key teacher")
+    if to in ("vit", "onnx") and "backbone" not in read_source.networks:
+        raise ValueError(f"--to {to} needs a backbone: give --key teacher")
     models = {name: build(read_source.config, state, allow_partial) for name, state in read_source.networks.items()}
-    if to != "dino" and "backbone" in models and not isinstance(models["backbone"], DINOModel):
+    kept = (DINOModel, DINOForImageClassification) if to == "onnx" else DINOModel
+    if to != "dino" and "backbone" in models and not isinstance(models["backbone"], kept):
         print(f"of {type(models['backbone']).__name__}, the backbone is converted; the rest has no place in --to {to}")
+        models["backbone"] = models["backbone"].dino
     path.parent.mkdir(parents=True, exist_ok=True)
     if to == "original":
         save_as_original(models, read_source.center, path)
+        return path
+    if to == "onnx":
+        difference = save_as_onnx(models["backbone"], path, dynamic_image_size)
+        print(f"outputs of onnxruntime are within {difference:.1e} of PyTorch's")
         return path
     processor = read_source.image_processor
     if processor is None and read_source.config.num_channels == 3:
@@ -484,17 +479,18 @@ def convert(
 
 
 def convert_from_command_line(argv: list[str]) -> None:
-    parser = Parser(
-        prog="dino-convert", description="Convert DINO Vision Transformers, from and to all that holds them."
-    )
+    parser = Parser(prog="dino-convert", description="Convert DINO's networks, from and to all that holds them.")
     parser.add_argument("source", help=".pth of the original; folder or Hub id of ours, a stock ViT, or timm")
-    parser.add_argument("output", help="folder to write, or .pth file with --to original")
-    parser.add_argument("--to", choices=["dino", "vit", "original"], default="dino", help="default: %(default)s")
+    parser.add_argument("output", help="folder to write; .pth or .onnx file with --to original or onnx")
+    parser.add_argument(
+        "--to", choices=["dino", "vit", "original", "onnx"], default="dino", help="default: %(default)s"
+    )
     parser.add_argument("--key", choices=["teacher", "student"], help="this backbone alone of a training checkpoint")
     parser.add_argument("--linear", help=".pth of the original's linear classifier for this backbone")
     parser.add_argument("--n_last_blocks", type=int, help="that --linear takes CLS of (default: as its width tells)")
     parser.add_argument("--avgpool_patchtokens", action="store_true", help="--linear takes the mean of patches too")
     parser.add_argument("--num_attention_heads", type=int, help="if heads are not 64 wide")
+    parser.add_argument("--dynamic_image_size", action="store_true", help="with --to onnx, take images of any size")
     parser.add_argument("--allow_partial", action="store_true", help="take what fits, and say what stays random")
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
     options = vars(parser.parse_args(argv))

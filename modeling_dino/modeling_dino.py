@@ -489,7 +489,9 @@ class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
     def __init__(self, config: DINOConfig):
         super().__init__(config)
         if config.backbone_config is not None:
-            raise ValueError(f"feature maps of a {config.backbone_config.model_type} are given by a backbone of its own")
+            raise ValueError(
+                f"feature maps of a {config.backbone_config.model_type} are given by a backbone of its own"
+            )
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.dino = DINOModel(config)
         self.post_init()

@@ -7,9 +7,11 @@ import pickle
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 
@@ -296,7 +298,7 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
         ((tmp_path / "text.pth", out), "is no file of PyTorch's"),
         (
             (tmp_path / "other.pth", out),
-            "there is no pos_embed, patch_embed.proj.weight, blocks.0.mlp.fc1.weight; its keys begin with a.weight",
+            "there is no pos_embed, patch_embed.proj.weight, blocks.0.mlp.fc1.weight; the keys begin with a.weight",
         ),
         ((tmp_path / "linear.pth", out), "is a linear classifier: convert its backbone, with --linear"),
         ((BACKBONE, out), "give --num_attention_heads: the width 48 is not made of heads of 64"),
@@ -326,3 +328,147 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
 
 def test_arguments_of_the_original_are_read_without_trust():
     assert isinstance(original(CHECKPOINT)["args"], argparse.Namespace)
+
+
+def with_numbers(network: torch.nn.Module) -> torch.nn.Module:
+    """As after training: batch norms have seen images, and no two channels are alike."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+def xcit_of_the_original(network: torch.nn.Module) -> dict:
+    """The tensors of timm's XCiT by the names of the original's code, where one layer makes q, k and v of a block."""
+    state = {name.replace("pos_embed.", "pos_embeder."): tensor for name, tensor in network.state_dict().items()}
+    for block in ("cls_attn_blocks.0.attn", "cls_attn_blocks.1.attn"):
+        for kind in ("weight", "bias"):
+            state[f"{block}.qkv.{kind}"] = torch.cat([state.pop(f"{block}.{part}.{kind}") for part in "qkv"])
+    return state
+
+
+@pytest.fixture(scope="module", params=["resnet50", "resnet18", "xcit_nano_12_p16_224", "xcit_nano_12_p8_224"])
+def other_network(request):
+    """A network of the original's that is no Vision Transformer, as others compute it, and its tensors."""
+    if request.param.startswith("resnet"):
+        network = with_numbers(torchvision.models.get_model(request.param))
+        network.fc = torch.nn.Identity()
+        return network, network.state_dict()
+    network = with_numbers(timm.create_model(request.param, num_classes=0))
+    return network, xcit_of_the_original(network)
+
+
+def test_resnet_and_xcit_compute_the_same_and_come_back_unchanged(other_network, tmp_path):
+    network, state = other_network
+    torch.save(state, tmp_path / "backbone.pth")
+    convert(str(tmp_path / "backbone.pth"), str(tmp_path / "ours"))
+    images = torch.rand(2, 3, 96, 64)
+    with torch.no_grad():
+        output = AutoModel.from_pretrained(tmp_path / "ours")(images).pooler_output
+        torch.testing.assert_close(output, network(images), rtol=1e-5, atol=1e-5)
+    convert(str(tmp_path / "ours"), str(tmp_path / "again.pth"), to="original")
+    assert_equal(original(tmp_path / "again.pth"), state)
+
+
+def test_linear_classifier_joins_a_network_with_pooled_features(other_network, tmp_path):
+    network, state = other_network
+    torch.save(state, tmp_path / "backbone.pth")
+    images = torch.rand(2, 3, 96, 64)
+    with torch.no_grad():
+        features = network(images)
+        linear = linear_classifier(tmp_path / "linear.pth", 7, features.shape[1])
+        convert(str(tmp_path / "backbone.pth"), str(tmp_path / "ours"), linear=str(tmp_path / "linear.pth"))
+        logits = DINOForImageClassification.from_pretrained(tmp_path / "ours")(images).logits
+        torch.testing.assert_close(logits, linear(features), rtol=1e-5, atol=1e-4)
+
+
+def test_training_checkpoint_of_resnet_with_its_released_head(tmp_path):
+    """Two layers, 4096 wide, prototypes without weight norm; batch norms, so that the teacher was wrapped too."""
+    network = with_numbers(torchvision.models.resnet18())
+    network.fc = torch.nn.Identity()
+    head = torch.nn.Sequential(torch.nn.Linear(512, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 16))
+    prototypes = torch.nn.Linear(16, 32, bias=False)
+    state = {f"module.backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+    state |= {f"module.head.mlp.{name}": tensor for name, tensor in head.state_dict().items()}
+    state["module.head.last_layer.weight"] = prototypes.weight.detach()
+    torch.save({"student": state, "teacher": state, "epoch": 800}, tmp_path / "checkpoint.pth")
+    convert(str(tmp_path / "checkpoint.pth"), str(tmp_path / "ours"))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = prototypes(torch.nn.functional.normalize(head(network(images)), dim=1))
+        for name in ("student", "teacher"):
+            logits = DINOForPreTraining.from_pretrained(tmp_path / "ours" / name)(images).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    convert(str(tmp_path / "ours"), str(tmp_path / "again.pth"), to="original")
+    again = original(tmp_path / "again.pth")
+    for name in ("student", "teacher"):
+        assert_equal({k: v for k, v in again[name].items() if "backbone" in k},
+                     {k: v for k, v in state.items() if "backbone" in k})  # fmt: skip
+
+
+def outputs_of_onnx(path, images: torch.Tensor) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(output) for output in session.run(None, {"pixel_values": images.numpy()})]
+
+
+@pytest.mark.parametrize("size", ["native", "local", "wide", "large"])
+def test_onnx_of_any_size_computes_what_the_original_did(any_size, size):
+    expected = recorded("backbone_io")
+    _, cls = outputs_of_onnx(any_size, expected[f"{size}.pixel_values"])
+    torch.testing.assert_close(cls, expected[f"{size}.cls"], rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def any_size(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "any.onnx"
+    argv = ["--to", "onnx", "--dynamic_image_size", "--num_attention_heads", "3"]
+    convert_from_command_line([str(BACKBONE), str(path), *argv])
+    return path
+
+
+def test_onnx_of_one_size_takes_any_batch(backbone, tmp_path, capsys):
+    convert_from_command_line([str(backbone), str(tmp_path / "one.onnx"), "--to", "onnx"])
+    difference = float(capsys.readouterr().out.split("within ")[1].split(" of")[0])
+    assert difference < 1e-5
+    expected = recorded("backbone_io")
+    for images, cls in zip(expected["native.pixel_values"].split(1), expected["native.cls"].split(1)):
+        tokens, ours = outputs_of_onnx(tmp_path / "one.onnx", images)
+        torch.testing.assert_close(ours, cls, rtol=0, atol=1e-4)
+        assert torch.equal(tokens[:, 0], ours)
+
+
+@pytest.mark.parametrize("other_network", ["resnet50", "xcit_nano_12_p16_224"], indirect=True)
+def test_onnx_of_other_networks(other_network, tmp_path):
+    network, state = other_network
+    torch.save(state, tmp_path / "backbone.pth")
+    convert(str(tmp_path / "backbone.pth"), str(tmp_path / "any.onnx"), to="onnx", dynamic_image_size=True)
+    images = torch.rand(5, 3, 64, 96)
+    with torch.no_grad():
+        features = network(images)
+    torch.testing.assert_close(outputs_of_onnx(tmp_path / "any.onnx", images)[1], features, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_of_a_classifier_gives_its_logits(tmp_path):
+    linear = linear_classifier(tmp_path / "linear.pth", 7, 2 * 48)
+    argv = {"linear": str(tmp_path / "linear.pth"), "to": "onnx", **HEADS}
+    convert(str(BACKBONE), str(tmp_path / "classes.onnx"), **argv)
+    expected = recorded("linear_inputs")
+    (logits,) = outputs_of_onnx(tmp_path / "classes.onnx", expected["pixel_values"])
+    torch.testing.assert_close(logits, linear(expected["cls_last2_concat"]).detach(), rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(backbone, tmp_path, capsys):
+    swin = {"model_type": "swin", "embed_dim": 12, "depths": [2, 2], "num_heads": [1, 2]}
+    DINOModel(DINOConfig(backbone_config=swin)).save_pretrained(tmp_path / "swin")
+    assert "cannot export this network to ONNX" in answer(capsys, tmp_path / "swin", tmp_path / "a", "--to", "onnx")
+    assert "a swin is no Vision Transformer" in answer(capsys, tmp_path / "swin", tmp_path / "a", "--to", "vit")
+    assert "the original has no swin" in answer(capsys, tmp_path / "swin", tmp_path / "a", "--to", "original")
+    argv = (backbone, tmp_path / "a", "--dynamic_image_size")
+    assert "--dynamic_image_size is for --to onnx" in answer(capsys, *argv)
+    argv = (CHECKPOINT, tmp_path / "a", "--to", "onnx", "--num_attention_heads", "3")
+    assert "--to onnx needs a backbone: give --key teacher" in answer(capsys, *argv)
+    assert not (tmp_path / "a").exists()
