@@ -1,9 +1,6 @@
 """What users of transformers do with a checkpoint: auto classes and pipelines, with our package and without it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from transformers import (
 from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
 
 from .original import tiny_config
+from .without_package import run_without_package
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +65,7 @@ def test_auto_classes_find_ours(checkpoint):
     assert AutoImageProcessor.from_pretrained(checkpoint, backend="pil").size == {"height": 32, "width": 32}
 
 
-# runs where neither our package nor the folder it lies in can be imported
 WITHOUT_PACKAGE = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-try:
-    import modeling_dino
-    sys.exit("the package can be imported")
-except ImportError:
-    pass
 import torch
 from transformers import *
 folder, images = sys.argv[1], torch.load(sys.argv[2])
@@ -106,13 +96,8 @@ def without_package(checkpoint, images, tmp_path_factory):
     """Outputs of a process without our package, and what it saved again: a backbone, a pretraining model."""
     folder = tmp_path_factory.mktemp("without")
     torch.save(images, folder / "tensors.pt")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE, checkpoint, folder / "tensors.pt", folder / "backbone",
-         folder / "pretraining"],
-        cwd=folder, capture_output=True, text=True, env=environment | {"HF_HOME": str(folder)},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
+    argv = (checkpoint, folder / "tensors.pt", folder / "backbone", folder / "pretraining")
+    run_without_package(WITHOUT_PACKAGE, folder, *argv)
     return torch.load(folder / "tensors.pt"), folder
 
 
@@ -160,8 +145,9 @@ def test_only_the_classifier_of_a_pretraining_checkpoint_is_new(checkpoint):
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["mismatched_keys"]
 
 
-def test_half_precision_is_loaded_as_asked(checkpoint, images):
-    model = AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_half_precision_is_loaded_as_asked(checkpoint, images, dtype, tolerance):
+    model = AutoModel.from_pretrained(checkpoint, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     expected = AutoModel.from_pretrained(checkpoint)(images).pooler_output
-    torch.testing.assert_close(model(images.bfloat16()).pooler_output.float(), expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(model(images.to(dtype)).pooler_output.float(), expected, rtol=0, atol=tolerance)

@@ -13,6 +13,7 @@ from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, 
 from training.train import make_teacher
 
 from .test_training import RECIPE, command, losses, recipe, trained  # noqa: F401
+from .without_package import run_without_package
 
 
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 2]}
@@ -69,6 +70,29 @@ def test_saved_network_opens_as_everything_with_equal_outputs(network, tmp_path)
     linear = classifier.classifier
     expected = torch.nn.functional.linear(model.dino(images).pooler_output, linear.weight, linear.bias)
     assert torch.equal(classifier(images, labels=torch.tensor([0, 4])).logits, expected)
+
+
+ELSEWHERE = """
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+images = torch.load("images.pt")
+for name in ("resnet", "xcit"):
+    classifier = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
+    model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    torch.save(model(images).pooler_output.detach(), name + ".pt")
+    assert classifier(images).logits.shape == (2, 2)
+"""
+
+
+def test_networks_load_by_the_code_beside_them_without_our_package(tmp_path):
+    images = torch.randn(2, 3, 64, 64)
+    torch.save(images, tmp_path / "images.pt")
+    models = {name: DINOForPreTraining(make_config(name)).eval() for name in ("resnet", "xcit")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    run_without_package(ELSEWHERE, tmp_path)
+    for name, model in models.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), model.dino(images).pooler_output)
 
 
 def test_network_of_timm_starts_as_timm_starts_it():

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForPreTraining
+from transformers.integrations import flash_attention
 
 from evaluation.attention import cls_attention
 from modeling_dino import DINOConfig, DINOForPreTraining, DINOModel
@@ -39,6 +40,36 @@ def test_outputs_equal_the_originals(original_backbone, size, attn_implementatio
         torch.testing.assert_close(normed, expected[f"{size}.normed_hidden.{i}"], **close)
     if attn_implementation == "eager":
         torch.testing.assert_close(output.attentions[-1], expected[f"{size}.last_attention"], **close)
+
+
+@pytest.mark.slow  # flex attention compiles itself
+@pytest.mark.parametrize("size", ["native", "wide"])
+def test_flex_attention_computes_the_same(original_backbone, size):
+    original_backbone.set_attn_implementation("flex_attention")
+    expected = recorded("backbone_io")
+    with torch.no_grad():
+        output = original_backbone(expected[f"{size}.pixel_values"])
+    torch.testing.assert_close(output.pooler_output, expected[f"{size}.cls"], rtol=0, atol=1e-5)
+
+
+def test_flash_attention_is_given_what_it_needs(original_backbone, monkeypatch):
+    """Its kernel runs on GPUs only; here all of transformers' path to it runs, and a kernel that follows its rules."""
+    calls = []
+
+    def kernel(query, key, value, attention_mask, query_length, is_causal, dropout, softmax_scale, **kwargs):
+        calls.append((attention_mask, query_length, is_causal, dropout))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # tokens come before heads
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=softmax_scale)
+        return attended.transpose(1, 2)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
+    AttentionInterface.register("double_of_its_kernel", flash_attention.flash_attention_forward)
+    original_backbone.set_attn_implementation("double_of_its_kernel")
+    expected = recorded("backbone_io")
+    with torch.no_grad():
+        output = original_backbone(expected["native.pixel_values"])
+    assert calls == [(None, 17, False, 0.0)] * 3
+    torch.testing.assert_close(output.pooler_output, expected["native.cls"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", ["native", "wide"])
@@ -167,6 +198,16 @@ def test_stochastic_depth_grows_linearly_and_keeps_the_mean():
     assert torch.equal(dropped, dropped[:, :1, :1].expand_as(dropped))  # whole samples
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(drop_path.eval()(torch.ones(8, 2, 3)), torch.ones(8, 2, 3))
+
+
+def test_parts_have_the_names_of_the_paper_when_printed():
+    printed = str(DINOForPreTraining(tiny_config()))
+    for part in (
+        "(dino): DINOModel(", "(patch_embeddings): DINOPatchEmbeddings(", "(0-2): 3 x DINOLayer(",
+        "(attention): DINOAttention(", "(mlp): DINOMLP(", "(drop_path): DINODropPath(drop_prob=0.000)",
+        "(head): DINOHead(", "(last_layer): DINOPrototypes(24, 96, frozen_gain=True)",
+    ):  # fmt: skip
+        assert part in printed, part
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,9 @@ class TrainingArguments(AugmentationArguments):
     max_eval_samples: int | None = HfArg(default=None, help="Use this many images of each split in k-NN at most.")
     per_device_eval_batch_size: int = HfArg(default=128, help="Images per forward pass in k-NN.")
     seed: int = HfArg(default=0, help="Seed of everything random.")
+    push_to_hub: bool = HfArg(default=False, help="Upload the finished run, without its checkpoints, to the Hub.")
+    hub_model_id: str | None = HfArg(default=None, help="Name on the Hub, as user/model.")
+    hub_private_repo: bool = HfArg(default=False, help="Make the repository private, if it is new.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -40,7 +40,7 @@ from .data import CropLoader
 from .loss import DINOLoss
 from .monitor import Monitor, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
-from .publish import publish
+from .publish import check_hub_settings, publish, upload, write_card
 from .schedules import Hyperparameters, Schedule
 
 
@@ -253,11 +253,13 @@ def train(args: TrainingArguments) -> Path:
     """Trains as `args` says; returns the folder with the teacher's backbone, its image processor and the metrics.
 
     Raises:
-        ValueError: settings or data that do not do, before anything is written; or a loss that is no number any more,
-            which leaves the last checkpoint from before.
+        ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
+            which leaves the last checkpoint from before; or, when all is saved, an upload that failed.
     """
     accelerator = make_accelerator()
     output_dir = Path(args.output_dir)
+    if args.push_to_hub:
+        check_hub_settings(args.hub_model_id)
     config = load_config(args)
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     loader = CropLoader(args, config.num_channels)
@@ -363,7 +365,10 @@ def train(args: TrainingArguments) -> Path:
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
         curves = draw_curves(output_dir, config.out_dim)
+        write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size)
         monitor.say(f"\nThe teacher's backbone is in {output_dir}, its curves in {curves}. To use it:\n\n{snippet}\n")
+        if args.push_to_hub:
+            monitor.say(f"Uploaded to {upload(output_dir, args.hub_model_id, args.hub_private_repo)}")
     accelerator.end_training()
     return output_dir
 
