@@ -121,7 +121,9 @@ def _xcit_fields(backbone: State) -> dict:
         raise ValueError(f"there is no XCiT of width {width}; allowed are {', '.join(map(str, names))}")
     architecture = f"xcit_{names[width]}_{depth}_p{2**halvings}_224"
     num_channels = backbone["patch_embed.proj.0.0.weight"].shape[1]
-    xcit = {"model_type": "timm_wrapper", "architecture": architecture, "model_args": {"in_chans": num_channels}}
+    xcit = {"model_type": "timm_wrapper", "architecture": architecture, "model_args": {}}
+    if num_channels != 3:
+        xcit["model_args"]["in_chans"] = num_channels
     return {"backbone_config": xcit, "num_channels": num_channels}
 
 

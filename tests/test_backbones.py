@@ -5,11 +5,13 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoModel, ConvNextConfig, SwinConfig, TimmWrapperConfig
 
 from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
+from modeling_dino.convert_dino_checkpoint import convert
 from training.train import make_teacher
 
 from .test_training import RECIPE, command, losses, recipe, trained  # noqa: F401
@@ -204,6 +206,27 @@ def test_teacher_keeps_running_statistics_of_its_own(resnet_recipe, parquet_fold
         assert torch.equal(second[name], tensor) != moves, name
         if "running" in name:
             assert not torch.equal(second[name], student[name])
+
+
+def test_training_goes_on_from_a_resnet_of_the_originals(resnet_recipe, parquet_folder, tmp_path):
+    network = torchvision.models.resnet18()
+    network.fc = torch.nn.Identity()
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    convert(str(tmp_path / "resnet18.pth"), str(tmp_path / "converted"))
+    resnet18 = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    argv = ("--config", resnet_recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
+    still = ("--max_steps", "1", "--base_learning_rate", "0", "--min_learning_rate", "0")
+    overrides = [f"backbone_config.{name}={value}" for name, value in resnet18.items()]
+    overrides += [f"{name}={value}" for name, value in HEAD.items()]
+    start = ("--init_from", tmp_path / "converted")
+    trained(*argv, *start, *still, "--model_config", "resnet50", "--config_overrides", *overrides)
+    published = load_file(tmp_path / "run/model.safetensors")
+    assert torch.equal(published["backbone.embedder.embedder.convolution.weight"], network.conv1.weight)
+    finished = command(*argv, *start, "--overwrite_output_dir", "--model_config", "resnet50")
+    assert (
+        finished.returncode == 2
+        and "is another network: it has backbone_config.depths [2, 2, 2, 2], not [3, 4" in (finished.stderr)
+    )
 
 
 @pytest.mark.parametrize(

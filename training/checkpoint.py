@@ -103,7 +103,7 @@ def _flat(fields: dict, prefix: str = "") -> dict:
     """{"a": 1, "b": {"c": 2}} -> {"a": 1, "b.c": 2}"""
     flat = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -63,9 +63,11 @@ def write_card(
         network = f"Vision Transformer, {config.num_hidden_layers} blocks of width {config.hidden_size}, patches of "
         network += f"{config.patch_size} x {config.patch_size}"
     else:
-        network = getattr(config.backbone_config, "architecture", type(backbone.backbone).__name__)
+        network = type(backbone.backbone).__name__
+        if config.backbone_config.model_type == "timm_wrapper":
+            network = f"{config.backbone_config.architecture} of timm, which must be installed"
     rows = {
-        "network": f"{network} ({backbone.num_parameters() / 1e6:.1f} M parameters)",
+        "network": f"{network} ({backbone.num_parameters():,} parameters)",
         "images": f"{dataset}, {'a stream' if num_images is None else f'{num_images:,}'}",
         "training": f"{num_steps:,} steps of {global_batch_size} images",
         "crops": f"2 of {args.global_crop_size} and {args.num_local_crops} of {args.local_crop_size} pixels",
