@@ -326,6 +326,25 @@ class DINOModel(DINOPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images, as the image processor beside the weights makes them.
+            The Vision Transformer takes any height and width that the patch size divides.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModel
+
+        >>> model = AutoModel.from_pretrained("path/to/run", trust_remote_code=True)
+        >>> output = model(torch.randn(1, 3, 224, 224))
+        >>> output.pooler_output.shape  # CLS after the final norm
+        torch.Size([1, 384])
+        >>> output.last_hidden_state.shape  # CLS and 14 x 14 patches
+        torch.Size([1, 197, 384])
+        ```
+        """
         if self.config.backbone_config is not None:
             return self._forward_network(pixel_values, **kwargs)
         hidden_states = self.embeddings(pixel_values)
@@ -401,6 +420,18 @@ class DINOForPreTraining(DINOPreTrainedModel):
         pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, or a list of them):
             A list holds one tensor a resolution, or one a crop; sizes may differ. Neighbours of equal height and width
             share a pass of the backbone, and all rows share one pass of the head.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_dino import DINOConfig, DINOForPreTraining
+
+        >>> model = DINOForPreTraining(DINOConfig(out_dim=4096))
+        >>> globals_, locals_ = torch.randn(2 * 4, 3, 224, 224), torch.randn(8 * 4, 3, 96, 96)
+        >>> model([globals_, locals_]).logits.shape  # crop-major: all images of a crop, then those of the next
+        torch.Size([40, 4096])
+        ```
         """
         crops = [pixel_values] if isinstance(pixel_values, torch.Tensor) else pixel_values
         resolutions: list[list[torch.Tensor]] = []
@@ -467,6 +498,20 @@ class DINOForImageClassification(DINOPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images, as the image processor beside the weights makes them.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_dino import DINOForImageClassification
+
+        >>> model = DINOForImageClassification.from_pretrained("path/to/run", num_labels=10, freeze_backbone=True)
+        >>> model(torch.randn(4, 3, 224, 224), labels=torch.tensor([0, 3, 9, 3])).loss.backward()
+        ```
+        """
         output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         if self.config.backbone_config is None:
             output = self.dino(pixel_values, output_hidden_states=True, **kwargs)
@@ -500,6 +545,21 @@ class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
     @filter_output_hidden_states
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            Normalised images, as the image processor beside the weights makes them.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from modeling_dino import DINOBackbone
+
+        >>> model = DINOBackbone.from_pretrained("path/to/run", out_indices=[3, 6, 9, 12])
+        >>> [feature_map.shape for feature_map in model(torch.randn(1, 3, 224, 224)).feature_maps][-1]
+        torch.Size([1, 384, 14, 14])
+        ```
+        """
         output = self.dino(pixel_values, **kwargs)
         grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
         feature_maps = tuple(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedConfig
 
-from modeling_dino import DINOForPreTraining
+from modeling_dino import DINOConfig, DINOForPreTraining
 
 from .loss import DINOLoss
 
@@ -107,10 +108,8 @@ def _flat(fields: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _check_same_network(
-    name: Path | str, saved: DINOForPreTraining, model: DINOForPreTraining, ignored: set[str]
-) -> None:
-    ours, theirs = (_flat(config.to_dict()) for config in (model.config, saved.config))
+def _check_same_network(name: Path | str, saved: DINOConfig, config: DINOConfig, ignored: set[str]) -> None:
+    ours, theirs = (_flat(fields.to_dict()) for fields in (config, saved))
     differing = [
         key for key in ours | theirs if not ignored & set(key.split(".")) and ours.get(key) != theirs.get(key)
     ]
@@ -137,16 +136,17 @@ def load_initial_weights(
     both = (folder / "student").is_dir() and (folder / "teacher").is_dir()
     for which, model in (("student", student), ("teacher", teacher)):
         source = folder / which if both else folder if folder.exists() else name
+        if PreTrainedConfig.get_config_dict(source)[0].get("model_type") != DINOConfig.model_type:
+            raise ValueError(f"{source} is no model of ours; dino-convert makes one of it, if it is DINO's")
+        ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE
+        _check_same_network(source, DINOConfig.from_pretrained(source), model.config, ignored | _ABOUT_THE_HEAD)
         saved, info = DINOForPreTraining.from_pretrained(source, output_loading_info=True)
         head = {key for key in saved.state_dict() if key.startswith("head.")}
         if info["missing_keys"] and set(info["missing_keys"]) != head:
-            raise ValueError(
-                f"{source} lacks weights, such as {min(info['missing_keys'])}; a model that is not ours becomes so by "
-                "dino-convert"
-            )
+            raise ValueError(f"{source} lacks weights, such as {min(info['missing_keys'])}")
         without_head = bool(info["missing_keys"])
-        ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE | (_ABOUT_THE_HEAD if without_head else set())
-        _check_same_network(source, saved, model, ignored)
+        if not without_head:
+            _check_same_network(source, saved.config, model.config, ignored)
         (model.dino if without_head else model).load_state_dict((saved.dino if without_head else saved).state_dict())
     if both and (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", map_location=dino_loss.center.device, weights_only=True)
@@ -171,7 +171,7 @@ def load_checkpoint(
     """
     for name, model in (("student", student), ("teacher", teacher)):
         saved = DINOForPreTraining.from_pretrained(folder / name)
-        _check_same_network(folder / name, saved, model, _ABOUT_THE_FILE)
+        _check_same_network(folder / name, saved.config, model.config, _ABOUT_THE_FILE)
         model.load_state_dict(saved.state_dict())
     state = torch.load(folder / "state.pt", map_location=accelerator.device, weights_only=True)
     dino_loss.center.copy_(state["center"])
