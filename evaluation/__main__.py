@@ -14,11 +14,11 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-import modeling_dino  # noqa: F401  makes AutoModel know DINO
+from modeling_dino import DINOConfig  # which makes AutoModel know DINO
 from modeling_dino.command_line import Parser, run
 
 from .attention import cls_attention, draw_attention
-from .features import extract_features, load_model
+from .features import extract_features, load_model, num_channels
 from .images import decode_image, load_images
 from .knn import knn_accuracy
 
@@ -28,9 +28,9 @@ class RawPixels(torch.nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, config):
+    def __init__(self, num_channels: int):
         super().__init__()
-        self.config = config
+        self.config = DINOConfig(num_channels=num_channels)
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=pixel_values)
@@ -55,7 +55,7 @@ def knn(args: Namespace) -> None:
     if args.baselines:
         set_seed(0)
         candidates["untrained network"] = AutoModel.from_config(model.config).eval().to(model.device)
-        candidates["raw pixels"] = RawPixels(model.config)
+        candidates["raw pixels"] = RawPixels(num_channels(model.config))
     results = {}
     for name, candidate in candidates.items():
         features_and_labels = []
@@ -90,8 +90,12 @@ def attention(args: Namespace) -> None:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     dataset = load_images(args.dataset_name, args.dataset_config_name, args.eval_split, args.image_column, None)
     model, image_processor = load_model(args.model)
+    if model.config.model_type == "dino" and model.config.backbone_config is not None:
+        raise ValueError(
+            f"a {type(model.backbone).__name__} has no CLS attention; attention is for Vision Transformers"
+        )
     rows = dataset.shuffle(seed=args.seed).select(range(min(args.num_images, len(dataset))))
-    images = [decode_image(row["image"], model.config.num_channels) for row in rows]
+    images = [decode_image(row["image"], num_channels(model.config)) for row in rows]
     seen = image_processor(images, return_tensors="pt", input_data_format="channels_first", do_normalize=False)[
         "pixel_values"
     ]

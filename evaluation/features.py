@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
@@ -50,15 +50,20 @@ def load_model(name: str) -> tuple[PreTrainedModel, object]:
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
     model.eval().to(PartialState().device)
-    backend = "pil" if model.config.num_channels in PILLOW_MODES else "torchvision"
+    backend = "pil" if num_channels(model.config) in PILLOW_MODES else "torchvision"
     return model, AutoImageProcessor.from_pretrained(name, backend=backend)
 
 
 def pooled(model: PreTrainedModel, output) -> torch.Tensor:
     """The image's feature in a backbone's output: CLS after the final norm, or the pooled map of a network without."""
-    if model.config.model_type in _WITH_UNTRAINED_POOLER:
+    if model.config.model_type in _WITH_UNTRAINED_POOLER or output.get("pooler_output") is None:
         return output.last_hidden_state[:, 0]
     return output.pooler_output.flatten(1)
+
+
+def num_channels(config: PreTrainedConfig) -> int:
+    """Channels of the images that a network takes."""
+    return (config.model_args or {}).get("in_chans", 3) if config.model_type == "timm_wrapper" else config.num_channels
 
 
 @torch.no_grad()
@@ -73,7 +78,7 @@ def extract_features(
     """Features of all images of a data set of `load_images`, in evaluation mode and fp32.
 
     Args:
-        model: A backbone; its mode is put back afterwards.
+        model: A backbone; the mode of each of its modules is put back afterwards.
         dataset: Rows with `image` and, perhaps, `label`.
         image_processor: Makes pixel values of (channels, height, width) uint8 arrays.
         batch_size: Images per forward pass and process.
@@ -87,13 +92,13 @@ def extract_features(
     state = PartialState()
     if state.num_processes > 1:
         dataset = split_dataset_by_node(dataset, state.process_index, state.num_processes)
-    collate = ImageCollator(image_processor, model.config.num_channels)
+    collate = ImageCollator(image_processor, num_channels(model.config))
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = DataLoader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
     )
     num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
-    was_training = model.training
+    training = {module for module in model.modules() if module.training}
     model.eval()
     features, labels = [], []
     bar = tqdm(loader, desc=description, total=num_batches, leave=False, disable=not state.is_main_process)
@@ -101,7 +106,8 @@ def extract_features(
         output = model(pixel_values.to(model.device, model.dtype, non_blocking=True))
         features.append(pooled(model, output).float().cpu())
         labels.extend(batch_labels)
-    model.train(was_training)
+    for module in model.modules():
+        module.training = module in training
     share = [(torch.cat(features) if features else torch.empty(0, 0), labels)]
     shares = gather_object(share) if state.num_processes > 1 else share
     features = torch.cat([part for part, _ in shares if len(part)]) if any(len(part) for part, _ in shares) else None

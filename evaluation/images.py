@@ -45,12 +45,17 @@ def _split_folders(path: Path) -> dict[str, str]:
     return {"train": f"{path}/**"}
 
 
+def is_path(name: str) -> bool:
+    """Whether a name of data or weights is a path, there or not, and no Hub id."""
+    path = Path(name).expanduser()
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in FILE_BUILDERS or path.exists()
+
+
 def _load(dataset_name: str, config_name: str | None, streaming: bool):
     """All splits of a data set."""
     path = Path(dataset_name).expanduser()
     if not path.exists():
-        is_path = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1
-        if is_path or path.suffix in FILE_BUILDERS:
+        if is_path(dataset_name):
             raise ValueError(f"there is no file or folder {dataset_name}")
         try:
             return load_dataset(dataset_name, config_name, streaming=streaming)

@@ -39,7 +39,7 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
     debug = "--debug" in argv
     try:
         main([arg for arg in argv if arg != "--debug"])
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # ImportError: an extra that is missing
         if debug:
             raise
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error

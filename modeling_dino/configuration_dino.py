@@ -28,7 +28,7 @@ _AUTO_MAP = {
 
 
 def _config_of_network(model_type: str | None = None, **fields) -> PreTrainedConfig:
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"backbone_config needs the model_type of a network in transformers, got {model_type}")
     return CONFIG_MAPPING[model_type](**fields)
 
@@ -60,10 +60,11 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
             with its offset of 0.1 patches; `"size"` does as ViT of transformers does. The two differ at every size but
             `image_size`, so keep the one that the weights were trained with.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*):
-            Another network instead of the Vision Transformer: the config of any model of transformers with pooled
-            features (ResNet, ConvNeXt, Swin, ...), or a `TimmWrapperConfig` for one of timm's (XCiT, ...). A
-            dictionary names it by `model_type`. Of the fields above, only `image_size` (of the image processor),
-            `num_channels` and `initializer_range` (of the head) then mean anything.
+            Another network instead of the Vision Transformer: the config of a model of transformers that pools its
+            features and says in `hidden_sizes` or `hidden_size` how wide they are (ResNet, ConvNeXt, Swin, ...), or a
+            `TimmWrapperConfig` for one of timm's (XCiT, ...). A dictionary names it by `model_type`.
+            Of the fields above, only `image_size` (of the image processor), `num_channels` and `initializer_range` (of
+            the head) then mean anything.
         out_dim (`int`, defaults to 65536): Number of prototypes, K in the paper.
         head_hidden_dim (`int`, defaults to 2048): Width of the head's hidden layers.
         head_bottleneck_dim (`int`, defaults to 256): Width of the L2-normalised bottleneck.
@@ -146,7 +147,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
-        if self.image_size % self.patch_size:
+        if self.backbone_config is None and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
             )

@@ -68,14 +68,17 @@ def read_safetensors(path: Path) -> State:
         raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
 
 
-def _vit_fields(backbone: State, num_attention_heads: int | None) -> dict:
-    """The config of the original's Vision Transformer. Only the heads do not show in shapes."""
-    needed = ["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]
+def _check_there(network: str, backbone: State, *needed: str) -> None:
     if missing := [name for name in needed if name not in backbone]:
         raise ValueError(
-            f"no network of DINO's: of its Vision Transformer, there is no {', '.join(missing)}; the keys begin with "
+            f"no network of DINO's: of its {network}, there is no {', '.join(missing)}; the keys begin with "
             f"{', '.join(list(backbone)[:3])}"
         )
+
+
+def _vit_fields(backbone: State, num_attention_heads: int | None) -> dict:
+    """The config of the original's Vision Transformer. Only the heads do not show in shapes."""
+    _check_there("Vision Transformer", backbone, "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     position, patch = backbone["pos_embed"], backbone["patch_embed.proj.weight"]
     hidden_size = position.shape[-1]
     if num_attention_heads is None:
@@ -99,6 +102,7 @@ def _resnet_fields(backbone: State) -> dict:
     stages = sorted({name.split(".")[0] for name in backbone if re.match(r"layer\d+\.", name)})
     blocks = [{name.split(".")[1] for name in backbone if name.startswith(f"{stage}.")} for stage in stages]
     last = "conv3" if "layer1.0.conv3.weight" in backbone else "conv2"
+    _check_there("ResNet", backbone, "conv1.weight", *(f"{stage}.0.{last}.weight" for stage in stages))
     num_channels = backbone["conv1.weight"].shape[1]
     resnet = {
         "model_type": "resnet",
@@ -113,6 +117,7 @@ def _resnet_fields(backbone: State) -> dict:
 
 def _xcit_fields(backbone: State) -> dict:
     """The config of one of the original's XCiTs, which timm has too."""
+    _check_there("XCiT", backbone, "cls_token", "patch_embed.proj.0.0.weight")
     width = backbone["cls_token"].shape[-1]
     depth = len({name.split(".")[1] for name in backbone if name.startswith("blocks.")})
     halvings = len({name.split(".")[2] for name in backbone if re.match(r"patch_embed\.proj\.\d+\.0\.weight", name)})
@@ -166,7 +171,10 @@ def _read_network(
     else:
         fields = _vit_fields(backbone, num_attention_heads) | {"drop_path_rate": drop_path_rate}
     config = DINOConfig(**fields, **(_head_fields(head, norm_last_layer) if head else {}))
-    backbone = split(backbone, original_names(config))
+    if "cls_attn_blocks.0.attn.q.weight" in backbone:  # timm's own XCiT
+        backbone = {f"backbone.timm_model.{name}": tensor for name, tensor in backbone.items()}
+    else:
+        backbone = split(backbone, original_names(config))
     if not head:
         return config, backbone
     return config, {f"dino.{name}": tensor for name, tensor in backbone.items()} | {
@@ -287,7 +295,10 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
     if "architecture" in config:  # timm's, which has the original's names
         config, network = _read_network(_read_folder(path), num_attention_heads)
         return Source(config, {"backbone": network})
-    raise ValueError(f"{source} is a {config.get('model_type')}; allowed are dino, vit and timm's Vision Transformers")
+    raise ValueError(
+        f"{source} is a {config.get('model_type')}; allowed are dino, vit, and timm's Vision Transformers, "
+        "ResNets and XCiTs"
+    )
 
 
 def _read_training_folder(folder: Path, key: str | None) -> Source:
@@ -387,7 +398,24 @@ def save_as_vit(backbone: DINOModel, output: Path) -> None:
 
 
 def _in_original_names(backbone: DINOModel) -> State:
-    return join(backbone.state_dict(), original_names(backbone.config))
+    network, state = backbone.config.backbone_config, join(backbone.state_dict(), original_names(backbone.config))
+    if network is not None:  # the names say nothing of what is computed, such as where a ResNet strides
+        fields = _resnet_fields(state) if network.model_type == "resnet" else _xcit_fields(state)
+        theirs = DINOConfig(**fields).backbone_config.to_dict()
+        differing = [
+            name for name, value in _computing(network.to_dict()).items() if value != _computing(theirs)[name]
+        ]
+        if differing:
+            raise ValueError(f"the original has no {network.model_type} with this {', '.join(differing)}")
+    return state
+
+
+def _computing(fields: dict) -> dict:
+    """Of a network's config, what changes its output."""
+    rest = {"_name_or_path", "architectures", "dtype", "transformers_version", "out_features", "out_indices"}
+    fields = {name: value for name, value in fields.items() if name not in rest}
+    arguments = fields.get("model_args") or {}
+    return fields | {"model_args": {k: v for k, v in arguments.items() if k != "drop_path_rate"}}
 
 
 def save_as_original(

@@ -1,5 +1,7 @@
 """A model of ours as an ONNX file that runs without PyTorch: any batch, one image size or any."""
 
+import copy
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -80,12 +82,16 @@ def save_as_onnx(model: DINOModel | DINOForImageClassification, path: Path, dyna
         raise ValueError(f"--to onnx needs {error.name}: pip install 'dino-hf[onnx]'") from error
     names = ["logits"] if isinstance(model, DINOForImageClassification) else ["last_hidden_state", "pooler_output"]
     outputs = _Outputs(model, names).eval()
+    model = copy.deepcopy(model)
     config, size = model.config, model.config.image_size
     step = config.patch_size if config.backbone_config is None else 32
     sizes = [(size, size), (2 * step, 3 * step), (size + step, size)] if dynamic_image_size else [(size, size)]
     examples = [torch.rand(batch, config.num_channels, *sides) for batch, sides in enumerate(sizes + sizes, start=1)]
-    with torch.no_grad():
-        expected = [outputs(example) for example in examples]
+    try:
+        with torch.no_grad():
+            expected = [outputs(example) for example in examples]
+    except Exception as error:  # of networks that are not ours
+        raise ValueError(f"the network does not take images of every size: {_first_line(error)}") from error
 
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {0: dynamic} | ({2: dynamic, 3: dynamic} if dynamic_image_size else {})
@@ -102,15 +108,21 @@ def save_as_onnx(model: DINOModel | DINOForImageClassification, path: Path, dyna
                 output_names=names, verbose=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ValueError(f"PyTorch cannot export this network to ONNX: {error.__cause__}") from error
-    program.save(path, external_data=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            reason = _first_line(error.__cause__ or error)
+            raise ValueError(f"PyTorch cannot export this network to ONNX: {reason}") from error
+    written = io.BytesIO()
+    program.save(written, external_data=False)
+    session = onnxruntime.InferenceSession(written.getvalue(), providers=["CPUExecutionProvider"])
     difference = 0.0
     for example, theirs in zip(examples, expected, strict=True):
         for output, b in zip(session.run(None, {"pixel_values": example.numpy()}), theirs, strict=True):
             apart = np.abs(output - b.numpy()).max() / max(1.0, b.abs().max().item())
             difference = max(difference, apart.item())
     if not difference <= TOLERANCE:
-        path.unlink()
         raise ValueError(f"onnxruntime's outputs are {difference:.1e} from PyTorch's, more than {TOLERANCE:.0e}")
+    path.write_bytes(written.getvalue())
     return difference
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

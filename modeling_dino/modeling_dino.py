@@ -320,7 +320,11 @@ class DINOModel(DINOPreTrainedModel):
             return self.config.hidden_size
         if network.model_type == "timm_wrapper":
             return self.backbone.timm_model.head_hidden_size
-        return network.hidden_sizes[-1] if "hidden_sizes" in network.to_dict() else network.hidden_size
+        fields = network.to_dict()
+        widths = fields.get("hidden_sizes") or [fields.get("hidden_size")]
+        if not isinstance(widths[-1], int):
+            raise ValueError(f"the config of a {network.model_type} does not say how wide its features are")
+        return widths[-1]
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -355,17 +359,32 @@ class DINOModel(DINOPreTrainedModel):
 
     def _forward_network(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if self.config.backbone_config.model_type == "swin":
-            # else a crop smaller than a window shrinks it, for all images after it too, and the position bias does not
-            # fit any more
+            self._set_shifts_of_swin(*pixel_values.shape[-2:])
             kwargs["always_partition"] = True
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is for DINO's own Vision Transformer: ask it of `model.backbone`")
         output = self.backbone(pixel_values, **kwargs)
+        if output.get("pooler_output") is None:
+            raise ValueError(f"a {type(self.backbone).__name__} gives no pooled features")
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
             pooler_output=output.pooler_output.flatten(1),  # (batch, num_features)
         )
+
+    def _set_shifts_of_swin(self, height: int, width: int) -> None:
+        """Windows are shifted in every other block, unless one window covers the whole grid.
+
+        `SwinModel` finds that out by itself, once: after a small image its windows stay small, shifts stay off, and
+        its position bias, which is that of whole windows, does not fit.
+        """
+        config = self.config.backbone_config
+        grid = [math.ceil(side / config.patch_size) for side in (height, width)]
+        for stage in self.backbone.encoder.layers:
+            for i, block in enumerate(stage.blocks):
+                is_shifted = i % 2 == 1 and min(grid) > config.window_size
+                block.shift_size = config.window_size // 2 if is_shifted else 0
+            grid = [(side + 1) // 2 for side in grid]
 
     def get_intermediate_layers(self, pixel_values: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
         """The tokens (batch, 1 + patches, hidden) that the last `n` blocks put out, each after the final norm.

@@ -8,11 +8,14 @@ import torch
 import torchvision
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoModel, ConvNextConfig, SwinConfig, TimmWrapperConfig
+from timm.layers import BatchNormAct2d
+from transformers import AutoModel, ConvNextConfig, Dinov2Config, SwinConfig, TimmWrapperConfig
 
 from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
 from modeling_dino.convert_dino_checkpoint import convert
-from training.train import make_teacher
+from training.arguments import TrainingArguments
+from training.batch_norm import share_batch_norms_
+from training.train import make_student, make_teacher
 
 from .test_training import RECIPE, command, losses, recipe, trained  # noqa: F401
 from .without_package import run_without_package
@@ -36,11 +39,15 @@ def make_config(network: str, **fields) -> DINOConfig:
 def test_features_are_the_pooled_ones_of_the_network_itself():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
-    for network in ("resnet", "convnext"):
+    for network in ("resnet", "convnext", "swin"):
         model = DINOModel(make_config(network)).eval()
         itself = AutoModel.from_config(model.config.backbone_config).eval()
+        for parameter in model.parameters():  # position biases start at zero
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
         itself.load_state_dict(model.backbone.state_dict())
-        assert torch.equal(model(images).pooler_output, itself(images).pooler_output.flatten(1))
+        for sides in ((64, 64), (56, 56)):  # of Swin, more than a window, and just one
+            images = torch.randn(2, 3, *sides)
+            assert torch.equal(model(images).pooler_output, itself(images).pooler_output.flatten(1)), network
     for network in ("xcit", "mobilenet"):
         model = DINOModel(make_config(network)).eval()
         itself = timm.create_model(NETWORKS[network]["architecture"], num_classes=0).eval()
@@ -120,17 +127,17 @@ def test_small_crops_leave_the_windows_of_swin_as_they_are():
     """`SwinModel` shrinks them to the first crop that is smaller, for good, and then fails."""
     model = DINOModel(make_config("swin")).eval()
     large, small = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 16, 16)
-    before = model(large).pooler_output
-    model(small)
-    assert torch.equal(model(large).pooler_output, before)
+    before = model(large).pooler_output, model(small).pooler_output
+    assert torch.equal(model(large).pooler_output, before[0]) and torch.equal(model(small).pooler_output, before[1])
 
 
 @pytest.mark.parametrize("backbone_config", [
     SwinConfig(embed_dim=12, depths=[2, 2], num_heads=[1, 2], drop_path_rate=0.5),
+    SwinConfig(embed_dim=12, depths=[2, 2], num_heads=[1, 2], drop_path_rate=0.0, hidden_dropout_prob=0.5),
     ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], drop_path_rate=0.5),
     TimmWrapperConfig(architecture="xcit_nano_12_p16_224", model_args={"drop_path_rate": 0.5}),
 ])  # fmt: skip
-def test_only_the_student_drops_paths(backbone_config):
+def test_only_the_student_drops_anything(backbone_config):
     torch.manual_seed(0)
     student = DINOForPreTraining(DINOConfig(backbone_config=backbone_config, **HEAD))
     teacher = make_teacher(student)
@@ -190,6 +197,31 @@ def test_batch_norms_of_two_processes_are_those_of_one_with_twice_the_batch(resn
             # a bias in front of a batch norm has no gradient but rounding noise, which the running mean then holds
             if name not in {f"head.mlp.{noise}" for noise in ("0.bias", "1.running_mean", "3.bias", "4.running_mean")}:
                 torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_of_two_processes_stays_near_fp32_of_one(resnet_recipe, parquet_folder, tmp_path):
+    argv = ("--config", resnet_recipe, "--dataset_name", parquet_folder, *TINY_RESNET, "--max_steps", "3")
+    trained(*argv, "--output_dir", tmp_path / "one")
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "bf16")
+    trained(*argv, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4", launcher=(*launcher, "-m"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.03)
+
+
+def test_parameters_without_a_use_are_frozen():
+    """Else several processes wait for their gradients."""
+    network = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8)
+    args = TrainingArguments(dataset_name="x", output_dir="y", global_crop_size=64, local_crop_size=32)
+    student = make_student(DINOConfig(backbone_config=network, **HEAD), args)
+    frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["dino.backbone.embeddings.mask_token"]
+
+
+@pytest.mark.parametrize(
+    "batch_norm", [torch.nn.BatchNorm2d(3, momentum=None), torch.nn.BatchNorm2d(3, affine=False), BatchNormAct2d(3)]
+)
+def test_batch_norms_that_are_not_the_usual_are_not_shared(batch_norm):
+    with pytest.raises(ValueError, match=f"cannot share the batch norm 0, {type(batch_norm).__name__}"):
+        share_batch_norms_(torch.nn.Sequential(batch_norm), torch.device("cpu"))
 
 
 def test_teacher_keeps_running_statistics_of_its_own(resnet_recipe, parquet_folder, tmp_path):
@@ -260,10 +292,15 @@ def test_what_only_the_vision_transformer_can_do_is_refused():
         (["drop_path_rate=0.1"], "drop_path_rate is a field of the Vision Transformer"),
         (["num_channels=1"], "num_channels must be the backbone's too, got 1 and, in backbone_config, 3"),
         (["backbone_config.model_type=resent"], "needs the model_type of a network in transformers, got resent"),
+        (["backbone_config.model_type=[1]"], "needs the model_type of a network in transformers, got [1]"),
+        (["out_dim=64", "out_dim.x=1"], "config_overrides: out_dim has no fields, got out_dim.x=1"),
+        (["backbone_config.depths=[1,1]"], "the resnet of backbone_config cannot be trained on these crops"),
+        (["backbone_config.hidden_act=foo"], "cannot be trained on these crops: KeyError: 'foo'"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_networks_settings_end_in_one_line(overrides, message, parquet_folder, tmp_path):
     argv = ("--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--model_config", "resnet50")
-    finished = command(*argv, "--config_overrides", *overrides)
+    small = ("--per_device_train_batch_size", "8", "--global_crop_size", "64", "--local_crop_size", "32")
+    finished = command(*argv, *small, "--config_overrides", *overrides)
     assert finished.returncode == 2 and not (tmp_path / "run").exists()
     assert message in finished.stderr and len(finished.stderr.strip().splitlines()) == 1

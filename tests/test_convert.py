@@ -293,7 +293,7 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
     for argv, message in [
         ((tmp_path / "none.pth", out), "there is no file or folder"),
         ((tmp_path / "empty", out), "there is no config.json in it"),
-        ((tmp_path / "bert", out), "is a bert; allowed are dino, vit and timm's Vision Transformers"),
+        ((tmp_path / "bert", out), "is a bert; allowed are dino, vit, and timm's Vision Transformers"),
         ((tmp_path / "list.pth", out), "holds a list, no dictionary of tensors"),
         ((tmp_path / "text.pth", out), "is no file of PyTorch's"),
         (
@@ -372,6 +372,45 @@ def test_resnet_and_xcit_compute_the_same_and_come_back_unchanged(other_network,
         torch.testing.assert_close(output, network(images), rtol=1e-5, atol=1e-5)
     convert(str(tmp_path / "ours"), str(tmp_path / "again.pth"), to="original")
     assert_equal(original(tmp_path / "again.pth"), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("downsample_in_bottleneck", True), ("hidden_act", "gelu"), ("downsample_in_first_stage", True)],
+)
+def test_resnet_that_computes_something_else_is_not_the_originals(name, value, tmp_path, capsys):
+    """Names and shapes of its tensors are the same."""
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], name: value}
+    DINOModel(DINOConfig(backbone_config=resnet)).save_pretrained(tmp_path / "ours")
+    argv = (tmp_path / "ours", tmp_path / "theirs.pth", "--to", "original")
+    assert f"the original has no resnet with this {name}" in answer(capsys, *argv)
+    assert not (tmp_path / "theirs.pth").exists()
+
+
+@pytest.mark.parametrize("timms", [False, True])
+def test_xcit_by_either_names(timms, tmp_path):
+    network = with_numbers(timm.create_model("xcit_nano_12_p16_224", num_classes=0))
+    torch.save(network.state_dict() if timms else xcit_of_the_original(network), tmp_path / "xcit.pth")
+    convert(str(tmp_path / "xcit.pth"), str(tmp_path / "ours"))
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert_equal({name.removeprefix("backbone.timm_model."): t for name, t in ours.items()}, network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("conv1.weight", "of its ResNet, there is no conv1.weight"),
+        ("layer1.0.conv2.weight", "of its ResNet, there is no layer1.0.conv2.weight"),
+        ("cls_token", "of its XCiT, there is no cls_token"),
+    ],
+)
+def test_network_that_lacks_what_tells_its_size(lacking, message, tmp_path, capsys):
+    if "XCiT" in message:
+        state = xcit_of_the_original(timm.create_model("xcit_nano_12_p16_224", num_classes=0))
+    else:
+        state = torchvision.models.resnet18().state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name != lacking}, tmp_path / "a.pth")
+    assert message in answer(capsys, tmp_path / "a.pth", tmp_path / "out")
 
 
 def test_linear_classifier_joins_a_network_with_pooled_features(other_network, tmp_path):

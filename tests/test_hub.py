@@ -1,6 +1,10 @@
 """`--push_to_hub`, against a Hub on 127.0.0.1, and what others get from there."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from .hub import Hub
-from .test_training import command, recipe  # noqa: F401
+from .test_training import command, losses, recipe  # noqa: F401
 from .without_package import run_without_package
 
 
@@ -35,7 +39,8 @@ def pushed(hub, recipe, parquet_folder, tmp_path_factory):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", folder / "run", *FLAGS)
     argv += ("--eval_steps", "2")
     (folder / "run").mkdir()
-    (folder / "run" / "secret.txt").write_text("not for others")
+    for name in ("secret.txt", "patients.json", "image.png"):
+        (folder / "run" / name).write_text("not for others")
     finished = command(*argv, **client(hub.url, folder / "home"))
     assert finished.returncode == 0, finished.stderr
     return folder / "run", finished.stdout
@@ -60,10 +65,12 @@ def test_card_says_what_is_true_of_the_run(pushed, parquet_folder):
     knn = [line["knn_10_top1"] for line in lines if "knn_10_top1" in line]
     for fact in (
         "| images | own images, 40 |", "| training | 2 steps of 8 images |", "2 of 16 and 2 of 8 pixels",
-        "| start | random weights |", f"{knn[-1]:.1f} % (k = 10)", "2 blocks of width 24, patches of 8 x 8",
+        "| start | random weights |", f"top-1: {knn[-1]:.1f} % (k = 10)", f"before training {knn[0]:.1f} % (k = 10)",
+        f"| loss at the end | {losses(folder)[-1]:.3f} |", "2 blocks of width 24, patches of 8 x 8",
     ):  # fmt: skip
         assert fact in card.text, fact
-    assert str(parquet_folder) not in card.text  # a path is its owner's
+    for path in (parquet_folder, folder):  # they are their owner's
+        assert str(path) not in card.text
 
 
 WITHOUT_PACKAGE = """
@@ -102,25 +109,27 @@ def test_upload_that_fails_loses_nothing_and_says_how_to_try_again(recipe, parqu
     finished = command(*argv, "--hub_private_repo", **client("http://127.0.0.1:9", tmp_path / "home"))
     assert finished.returncode == 2
     *_, message = finished.stderr.strip().splitlines()
-    again = f"python -m training.publish {output_dir} tester/tiny --private"
+    again = f"dino-publish {output_dir} tester/tiny --private"
     assert f"the run in {output_dir} is whole, but was not uploaded" in message and message.endswith(again)
     assert AutoModel.from_pretrained(output_dir).config.hidden_size == 24
     assert (output_dir / "README.md").is_file()
     with Hub() as hub:
-        flags = again.split()[3:]
-        finished = command(*flags, module="training.publish", **client(hub.url, tmp_path / "home"))
+        environment = os.environ | client(hub.url, tmp_path / "home")
+        command_line = [Path(sys.executable).parent / again.split()[0], *again.split()[1:]]
+        finished = subprocess.run(command_line, capture_output=True, text=True, env=environment)
         assert finished.returncode == 0, finished.stderr
         assert finished.stdout == f"uploaded to {hub.url}/tester/tiny\n"
         repository = hub.repositories["models/tester/tiny"]
         assert "model.safetensors" in repository.files and repository.private
+        assert b'Auto.from_pretrained("tester/tiny", trust' in repository.files["README.md"]
 
 
 @pytest.mark.parametrize(
     ("flags", "token", "message"),
     [
-        (["--push_to_hub"], "token", "--push_to_hub needs --hub_model_id"),
+        (["--push_to_hub"], "token", "--push_to_hub needs a name: give --hub_model_id"),
         (["--push_to_hub", "--hub_model_id", "a/b/c"], "token", "hub_model_id a/b/c is no name for the Hub"),
-        (["--push_to_hub", "--hub_model_id", "a/b"], "", "needs you to be logged in: run `hf auth login`"),
+        (["--push_to_hub", "--hub_model_id", "a/b"], "", "nobody is logged in to the Hub: run `hf auth login`"),
     ],
 )
 def test_what_would_fail_at_the_end_is_found_at_the_start(flags, token, message, parquet_folder, tmp_path):

@@ -285,6 +285,17 @@ def test_knn_command_writes_results_beside_baselines(run, parquet_folder, tmp_pa
     assert f"{report['values']['knn_1_top1']:.1f}" in printed
 
 
+def test_knn_command_measures_a_stock_vit_and_its_baselines(run, parquet_folder, tmp_path):
+    convert(str(run[0]), str(tmp_path / "vit"), to="vit")
+    argv = ("--dataset_name", parquet_folder, "--k", "1", "--baselines", "--output", tmp_path / "knn.json")
+    finished = command("knn", "--model", tmp_path / "vit", *argv, module="evaluation")
+    assert finished.returncode == 0, finished.stderr
+    stock = json.loads((tmp_path / "knn.json").read_text())
+    assert command("knn", "--model", run[0], *argv, module="evaluation").returncode == 0
+    ours = json.loads((tmp_path / "knn.json").read_text())
+    assert stock["values"] == ours["values"] and stock["baselines"]["raw pixels"] == ours["baselines"]["raw pixels"]
+
+
 def test_attention_command_draws_every_image_and_head(run, parquet_folder, tmp_path):
     argv = ("attention", "--model", run[0], "--dataset_name", parquet_folder, "--num_images", "3")
     trained(*argv, "--output", tmp_path / "attention.png", module="evaluation")

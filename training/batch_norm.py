@@ -12,7 +12,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
-        assert input.ndim >= 2
+        pass  # of any number of dimensions
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -20,31 +20,32 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         others = [dim for dim in range(input.ndim) if dim != 1]
         channels = [1, -1] + [1] * (input.ndim - 2)
         num_rows = input.numel() // input.shape[1] * torch.distributed.get_world_size()
-        mean = all_reduce(input.sum(others)) / num_rows
-        centred = input - mean.view(channels)
+        rows = input.float()  # sums of bf16 would be none
+        mean = all_reduce(rows.sum(others)) / num_rows
+        centred = rows - mean.view(channels)
         variance = all_reduce(centred.square().sum(others)) / num_rows
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * num_rows / (num_rows - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale.view(channels) + self.bias.view(channels)
+        return (centred * scale.view(channels) + self.bias.view(channels)).to(input.dtype)
 
 
 def share_batch_norms_(network: nn.Module, device: torch.device) -> None:
     """Replaces every batch norm of `network`, with its weights, by one that is shared between processes on `device`.
 
     Raises:
-        ValueError: a kind of batch norm that does more than PyTorch's, such as some of timm's.
+        ValueError: a batch norm that does more than the usual, such as some of timm's, or less.
     """
     shared_class = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
     for name, module in list(network.named_modules()):
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        is_plain = module.affine and module.track_running_stats and module.momentum is not None
+        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d) or not is_plain:
             raise ValueError(
-                f"several processes cannot share the batch norm {name}, a {type(module).__name__}; take another "
-                "network, or one process"
+                f"several processes cannot share the batch norm {name}, {module}; take another network, or one process"
             )
         shared = shared_class(module.num_features, module.eps, module.momentum)
         shared.load_state_dict(module.state_dict())

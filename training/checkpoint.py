@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
 from modeling_dino import DINOConfig, DINOForPreTraining
+from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .loss import DINOLoss
 
@@ -108,10 +109,22 @@ def _flat(fields: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _check_same_network(name: Path | str, saved: DINOConfig, config: DINOConfig, ignored: set[str]) -> None:
-    ours, theirs = (_flat(fields.to_dict()) for fields in (config, saved))
+def _check_same_network(
+    name: Path | str, saved: DINOConfig, config: DINOConfig, ignored: set[str], without_head: bool = False
+) -> None:
+    theirs, ours = (
+        "vit" if each.backbone_config is None else each.backbone_config.model_type for each in (saved, config)
+    )
+    if theirs != ours:
+        raise ValueError(f"{name} is another network: a {theirs}, not a {ours}")
+    elsewhere = _ABOUT_THE_HEAD if without_head else set()
+    if config.backbone_config is not None:
+        elsewhere = elsewhere | {*VIT_FIELDS, "image_size"}
+    theirs, ours = (_flat(each.to_dict()) for each in (saved, config))
     differing = [
-        key for key in ours | theirs if not ignored & set(key.split(".")) and ours.get(key) != theirs.get(key)
+        key
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key) and key not in elsewhere and not ignored & set(key.split("."))
     ]
     if differing:
         changes = ", ".join(f"{key} {theirs.get(key)}, not {ours.get(key)}" for key in differing)
@@ -139,7 +152,7 @@ def load_initial_weights(
         if PreTrainedConfig.get_config_dict(source)[0].get("model_type") != DINOConfig.model_type:
             raise ValueError(f"{source} is no model of ours; dino-convert makes one of it, if it is DINO's")
         ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE
-        _check_same_network(source, DINOConfig.from_pretrained(source), model.config, ignored | _ABOUT_THE_HEAD)
+        _check_same_network(source, DINOConfig.from_pretrained(source), model.config, ignored, without_head=True)
         saved, info = DINOForPreTraining.from_pretrained(source, output_loading_info=True)
         head = {key for key in saved.state_dict() if key.startswith("head.")}
         if info["missing_keys"] and set(info["missing_keys"]) != head:

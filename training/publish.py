@@ -1,8 +1,9 @@
 """The finished run: the teacher's backbone, its image processor and a card, where `from_pretrained` finds them.
 
-`python -m training.publish OUTPUT_DIR NAME` uploads a run that is finished.
+`dino-publish OUTPUT_DIR NAME` uploads a run that is finished.
 """
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
@@ -10,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 
+from evaluation.images import is_path
 from modeling_dino import DINOModel
 from modeling_dino.command_line import Parser, run
 from modeling_dino.image_processing_dino import PILLOW_MODES
@@ -18,8 +20,10 @@ from .arguments import TrainingArguments
 from .monitor import read_metrics
 
 
-# what of a run's folder is uploaded: no checkpoints, and nothing else that may lie there
-_PUBLISHED = (".json", ".jsonl", ".safetensors", ".py", ".png")
+# what of a run's folder is published: no checkpoints, and nothing that others have put there
+_PUBLISHED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
+              "configuration_dino.py", "modeling_dino.py", "metrics.jsonl", "curves.png", "README.md")  # fmt: skip
+_ADDRESS = "path/to/this/folder"  # in the card, until it is uploaded: a real path would tell of its owner
 
 
 def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImageProcessor, output_dir: Path) -> str:
@@ -47,76 +51,103 @@ inputs = processor({image}, return_tensors="pt"{options})
 features = model(**inputs).pooler_output  # (1, {backbone.num_features})'''
 
 
+def unpublish(output_dir: Path) -> None:
+    """Removes what `publish` and `write_card` have written, before another run in the same folder."""
+    for path in _published(output_dir):
+        path.unlink()
+
+
+def _published(output_dir: Path) -> list[Path]:
+    return sorted(path for pattern in _PUBLISHED for path in output_dir.glob(pattern) if path.is_file())
+
+
 def write_card(
-    backbone: DINOModel, args: TrainingArguments, num_images: int | None, num_steps: int, global_batch_size: int
+    backbone: DINOModel,
+    args: TrainingArguments,
+    num_images: int | None,
+    num_steps: int,
+    global_batch_size: int,
+    is_resumed: bool,
+    hub_dataset: str | None,
 ) -> None:
-    """Writes the model card, `README.md`, of what the run knows about itself."""
-    config, output_dir = backbone.config, Path(args.output_dir)
-    name = args.hub_model_id or args.output_dir
-    metrics = read_metrics(output_dir)
-    # a path says nothing to others, and may say more than its owner wants
-    from_hub = not Path(args.dataset_name).expanduser().exists()
-    dataset = (
-        f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})" if from_hub else "own images"
-    )
-    if config.backbone_config is None:
-        network = f"Vision Transformer, {config.num_hidden_layers} blocks of width {config.hidden_size}, patches of "
-        network += f"{config.patch_size} x {config.patch_size}"
+    """Writes the model card, `README.md`, of what the run knows about itself. No path gets into it."""
+    metrics = read_metrics(Path(args.output_dir))
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    images = f"[{hub_dataset}](https://huggingface.co/datasets/{hub_dataset})" if hub_dataset else "own images"
+    if args.init_from:
+        start = "other weights of its owner's" if is_path(args.init_from) else args.init_from
     else:
-        network = type(backbone.backbone).__name__
-        if config.backbone_config.model_type == "timm_wrapper":
-            network = f"{config.backbone_config.architecture} of timm, which must be installed"
+        start = "" if is_resumed else "random weights"  # a run that goes on does not know
     rows = {
-        "network": f"{network} ({backbone.num_parameters():,} parameters)",
-        "images": f"{dataset}, {'a stream' if num_images is None else f'{num_images:,}'}",
+        "network": f"{_describe(backbone)} ({backbone.num_parameters():,} parameters)",
+        "images": images + ("" if num_images is None else f", {num_images:,}"),
         "training": f"{num_steps:,} steps of {global_batch_size} images",
         "crops": f"2 of {args.global_crop_size} and {args.num_local_crops} of {args.local_crop_size} pixels",
-        "head": f"{config.out_dim:,} prototypes",
+        "head": f"{backbone.config.out_dim:,} prototypes",
         "learning rate": f"{args.base_learning_rate:g} per 256 images, to {args.min_learning_rate:g}",
         "weight decay": f"{args.weight_decay:g} to {args.weight_decay_end:g}",
         "teacher": f"momentum {args.momentum_teacher:g} to 1, temperature {args.warmup_teacher_temp:g} to "
         f"{args.teacher_temp:g}",
-        "start": args.init_from if args.init_from and not Path(args.init_from).exists() else "other weights"
-        if args.init_from else "random weights",
-        "loss at the end": f"{metrics[-1]['loss']:.3f}" if "loss" in metrics[-1] else "",
-    }  # fmt: skip
-    knn = [line for line in metrics if any(key.startswith("knn_") for key in line)]
-    results = ""
-    if knn:
-        accuracies = {key.split("_")[1]: value for key, value in knn[-1].items() if key.endswith("_top1")}
-        results = (
-            f"k-NN of the features on the split `{args.eval_split}`, by the images of `{args.train_split}`, top-1: "
-            + ", ".join(f"{value:.1f} % (k = {k})" for k, value in accuracies.items())
-            + f". Before training: {max(v for k, v in knn[0].items() if k.endswith('_top1')):.1f} % at best.\n\n"
-        )
+        "start": start,
+        "loss at the end": f"{losses[-1]:.3f}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["dino", "self-supervised-learning", "vision"],
-        datasets=[args.dataset_name] if from_hub else None,
+        datasets=[hub_dataset] if hub_dataset else None,
     )
     content = f"""---
 {data.to_yaml()}
 ---
 
-# {Path(name).name}
+# {Path(args.hub_model_id or args.output_dir).name}
 
 Features of images, learned without labels by [DINO](https://arxiv.org/abs/2104.14294): the teacher's backbone of a
 training with dino-hf.
 
 ```python
-{usage(backbone, name, trust_remote_code=True)}
+{usage(backbone, _ADDRESS, trust_remote_code=True)}
 ```
 
-`pipeline("image-feature-extraction", "{name}", trust_remote_code=True)` gives the same with `pool=True`.
+`pipeline("image-feature-extraction", "{_ADDRESS}", trust_remote_code=True)` gives the same with `pool=True`.
 
 | | |
 |---|---|
-{chr(10).join(f"| {key} | {value} |" for key, value in rows.items() if value)}
+{table}
 
-{results}![Loss and teacher entropy over the steps](curves.png)
+{_describe_knn(metrics, args)}![Loss and teacher entropy over the steps](curves.png)
 """
-    ModelCard(content).save(output_dir / "README.md")
+    ModelCard(content).save(Path(args.output_dir) / "README.md")
+
+
+def _describe(backbone: DINOModel) -> str:
+    config = backbone.config
+    if config.backbone_config is None:
+        size = f"{config.patch_size} x {config.patch_size}"
+        return (
+            f"Vision Transformer, {config.num_hidden_layers} blocks of width {config.hidden_size}, patches of {size}"
+        )
+    if config.backbone_config.model_type == "timm_wrapper":
+        return f"{config.backbone_config.architecture} of timm, which must be installed"
+    return type(backbone.backbone).__name__
+
+
+def _describe_knn(metrics: list[dict], args: TrainingArguments) -> str:
+    lines = [line for line in metrics if any(name.startswith("knn_") for name in line)]
+    if not lines:
+        return ""
+
+    def accuracies(line: dict) -> str:
+        top1 = {name.split("_")[1]: value for name, value in line.items() if name.endswith("_top1")}
+        return ", ".join(f"{value:.1f} % (k = {k})" for k, value in top1.items())
+
+    untrained = f"; before training {accuracies(lines[0])}" if lines[0]["step"] == 0 else ""
+    return (
+        f"k-NN of the features on the split `{args.eval_split}`, by the images of `{args.train_split}`, top-1: "
+        f"{accuracies(lines[-1])}{untrained}.\n\n"
+    )
 
 
 def check_hub_settings(hub_model_id: str | None) -> None:
@@ -126,13 +157,13 @@ def check_hub_settings(hub_model_id: str | None) -> None:
         ValueError: no name or one that the Hub does not allow, or nobody logged in.
     """
     if not hub_model_id:
-        raise ValueError("--push_to_hub needs --hub_model_id")
+        raise ValueError("--push_to_hub needs a name: give --hub_model_id")
     try:
         validate_repo_id(hub_model_id)
     except HFValidationError as error:
         raise ValueError(f"hub_model_id {hub_model_id} is no name for the Hub: {error}") from error
     if get_token() is None:
-        raise ValueError("--push_to_hub needs you to be logged in: run `hf auth login`, or set HF_TOKEN")
+        raise ValueError("nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
@@ -141,17 +172,19 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
     Raises:
         ValueError: if the Hub cannot be reached or refuses; says how to try again. The folder stays as it is.
     """
-    files = [path.name for path in output_dir.iterdir() if path.suffix in _PUBLISHED or path.name == "README.md"]
-    if "model.safetensors" not in files:
-        raise ValueError(f"there is no finished run in {output_dir}: it has no model.safetensors")
+    files = [path.name for path in _published(output_dir)]
+    if not {"config.json", "README.md"} <= set(files):
+        raise ValueError(f"there is no finished run in {output_dir}: it has no config.json and README.md")
     try:
         api = HfApi()
         repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
+        card = output_dir / "README.md"
+        card.write_text(card.read_text().replace(_ADDRESS, repo_id))
         return api.upload_folder(
             repo_id=repo_id, folder_path=output_dir, allow_patterns=files, commit_message="Trained by dino-hf"
         ).repo_url.url
     except Exception as error:  # of whatever the Hub, the network or their libraries may raise: nothing is lost by it
-        again = f"python -m training.publish {output_dir} {hub_model_id}{' --private' if private else ''}"
+        again = shlex.join(["dino-publish", str(output_dir), hub_model_id] + ["--private"] * private)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"the run in {output_dir} is whole, but was not uploaded ({reason}); try again with: {again}"
@@ -159,7 +192,7 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
 
 
 def publish_from_command_line(argv: list[str]) -> None:
-    parser = Parser(prog="python -m training.publish", description="Upload a finished run to the Hub.")
+    parser = Parser(prog="dino-publish", description="Upload a finished run to the Hub.")
     parser.add_argument("output_dir", type=Path, help="folder of the run")
     parser.add_argument("hub_model_id", help="name on the Hub, as user/model")
     parser.add_argument("--private", action="store_true", help="make it private if it is new")
@@ -171,5 +204,5 @@ def publish_from_command_line(argv: list[str]) -> None:
     print(f"uploaded to {upload(options.output_dir, options.hub_model_id, options.private)}")
 
 
-if __name__ == "__main__":
-    run("python -m training.publish", publish_from_command_line)
+def main() -> None:
+    run("dino-publish", publish_from_command_line)

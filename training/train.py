@@ -15,10 +15,9 @@ from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import CONFIG_MAPPING
-from transformers.utils import is_timm_available
 
 from evaluation.features import extract_features
-from evaluation.images import load_images
+from evaluation.images import is_path, load_images
 from evaluation.knn import knn_accuracy
 from modeling_dino import DINOConfig, DINOForPreTraining
 from modeling_dino.command_line import nearest
@@ -40,7 +39,7 @@ from .data import CropLoader
 from .loss import DINOLoss
 from .monitor import Monitor, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
-from .publish import check_hub_settings, publish, upload, write_card
+from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
 
 
@@ -63,8 +62,10 @@ def load_config(args: TrainingArguments) -> DINOConfig:
             raise ValueError(f"config_overrides must be written as field=value, got {override}")
         *parents, name = name.split(".")
         target = fields
-        for parent in parents:  # backbone_config.depths=[2,2,2,2]
+        for parent in parents:  # of a name with dots, which lies deeper
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"config_overrides: {parent} has no fields, got {override}")
         try:
             target[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -103,25 +104,49 @@ def check_backbone_config(fields: dict) -> None:
     for name in given:
         if name not in allowed:
             raise ValueError(f"the config of a {given['model_type']} has no field {name}{nearest(name, allowed)}")
-    if given["model_type"] == "timm_wrapper" and not is_timm_available():
-        raise ValueError(f"{given.get('architecture')} is of timm, which is not installed: pip install timm")
+
+
+def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTraining:
+    """A network with random weights. One of `config.backbone_config` is tried on crops first, as any may be given.
+
+    Parameters that its loss does not need, such as a mask token, are frozen: processes would wait for their gradients.
+
+    Raises:
+        ValueError: a network that cannot be built, or does not take the crops.
+    """
+    if config.backbone_config is None:
+        return DINOForPreTraining(config)
+    try:
+        student = DINOForPreTraining(config)
+        sizes = [args.global_crop_size] + [args.local_crop_size] * (args.num_local_crops > 0)
+        trial = copy.deepcopy(student)
+        with torch.random.fork_rng(devices=[]):
+            trial([torch.randn(2, config.num_channels, size, size) for size in sizes]).logits.sum().backward()
+    except Exception as error:  # of a library's network with settings that only it knows
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the {config.backbone_config.model_type} of backbone_config cannot be trained on these crops: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    for parameter, tried in zip(student.parameters(), trial.parameters(), strict=True):
+        parameter.requires_grad_(tried.grad is not None)
+    return student
 
 
 def make_teacher(student: DINOForPreTraining) -> DINOForPreTraining:
-    """A copy with the student's weights that is never trained and never drops a path.
+    """A copy with the student's weights that is never trained, and drops nothing.
 
-    It stays in training mode, like the original's, where a batch norm normalises by the batch.
+    Its batch norms stay in training mode, like the original's, and so normalise by the batch.
     """
     config = copy.deepcopy(student.config)
     config.drop_path_rate = 0.0
-    network = config.backbone_config
-    if network is not None and network.model_type == "timm_wrapper":
-        network.model_args = {k: v for k, v in (network.model_args or {}).items() if k != "drop_path_rate"}
-    elif network is not None and "drop_path_rate" in network.to_dict():
-        network.drop_path_rate = 0.0
     teacher = DINOForPreTraining(config)
     teacher.load_state_dict(student.state_dict())
-    return teacher.requires_grad_(False)
+    teacher.requires_grad_(False).eval()
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return teacher
 
 
 def count_steps(args: TrainingArguments, num_images: int | None, global_batch_size: int) -> tuple[int, int]:
@@ -260,6 +285,7 @@ def train(args: TrainingArguments) -> Path:
     output_dir = Path(args.output_dir)
     if args.push_to_hub:
         check_hub_settings(args.hub_model_id)
+    hub_dataset = None if is_path(args.dataset_name) else args.dataset_name
     config = load_config(args)
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     loader = CropLoader(args, config.num_channels)
@@ -276,7 +302,7 @@ def train(args: TrainingArguments) -> Path:
         )
 
     set_seed(args.seed)
-    student = DINOForPreTraining(config)
+    student = make_student(config, args)
     teacher = make_teacher(student)
     dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum).to(accelerator.device)
     if args.init_from and not checkpoint:
@@ -307,6 +333,7 @@ def train(args: TrainingArguments) -> Path:
         else:
             for old in list_checkpoints(output_dir):
                 shutil.rmtree(old)
+            unpublish(output_dir)
     accelerator.wait_for_everyone()
     monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process)
 
@@ -365,7 +392,7 @@ def train(args: TrainingArguments) -> Path:
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
         curves = draw_curves(output_dir, config.out_dim)
-        write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size)
+        write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size, bool(checkpoint), hub_dataset)
         monitor.say(f"\nThe teacher's backbone is in {output_dir}, its curves in {curves}. To use it:\n\n{snippet}\n")
         if args.push_to_hub:
             monitor.say(f"Uploaded to {upload(output_dir, args.hub_model_id, args.hub_private_repo)}")
