@@ -20,7 +20,6 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
-        "torchdata>=0.11",
         "transformers>=5.17",
         "accelerate>=1.15",
         "datasets>=5.2",

@@ -4,6 +4,7 @@ import io
 import itertools
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,8 +18,6 @@ from training import data
 from training.arguments import TrainingArguments
 from training.data import CropLoader
 
-
-# torchdata 0.11 calls it whenever a StatefulDataLoader is made; the project's code does not
 
 NUM_IMAGES = 6
 
@@ -387,8 +386,8 @@ def write_shards(folder: Path, num_images: int, num_shards: int) -> Path:
     return folder
 
 
-def take(loader: CropLoader, first_step: int, num_steps: int, state=None) -> list:
-    return list(itertools.islice(loader.batches(num_steps, first_step, state), num_steps - first_step))
+def take(loader: CropLoader, num_batches: int, state=None) -> list:
+    return list(loader.batches(num_batches, state))
 
 
 WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
@@ -396,8 +395,8 @@ WORKERS = pytest.mark.parametrize("num_workers", [0, 2])
 
 def test_epoch_visits_as_many_images_as_fill_batches_and_none_twice(tmp_path):
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 14, 1)), 3)
-    assert loader.num_images == 14 and loader.state_dict() is None
-    batches = take(loader, 0, 9)
+    assert loader.num_images == 14
+    batches = take(loader, 9)
     epochs = [sum(map(numbers_in, batches[start : start + 3]), []) for start in (0, 3, 6)]
     for visited in epochs:
         assert len(set(visited)) == 12 and set(visited) <= set(range(14))
@@ -408,21 +407,11 @@ def test_epoch_visits_as_many_images_as_fill_batches_and_none_twice(tmp_path):
 def test_map_style_batches_end_with_the_last_step(tmp_path):
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 8, 1)), 3)
     assert len(list(loader.batches(5))) == 5
-    assert len(list(loader.batches(5, first_step=3))) == 2
-
-
-@WORKERS
-@pytest.mark.parametrize("first_step", [2, 3])
-def test_map_style_run_goes_on_as_if_uninterrupted(tmp_path, first_step, num_workers):
-    folder = write_shards(tmp_path / "images", 13, 1)
-    uninterrupted = take(CropLoader(arguments(folder), 3), 0, 7)
-    resumed = take(CropLoader(arguments(folder, num_workers=num_workers), 3), first_step, 7)
-    assert_equal_batches(resumed, uninterrupted[first_step:])
 
 
 def test_another_seed_gives_another_order(tmp_path):
     folder = write_shards(tmp_path / "images", 12, 1)
-    orders = [sum(map(numbers_in, take(CropLoader(arguments(folder, seed=seed), 3), 0, 3)), []) for seed in (0, 1)]
+    orders = [sum(map(numbers_in, take(CropLoader(arguments(folder, seed=seed), 3), 3)), []) for seed in (0, 1)]
     assert orders[0] != orders[1]
 
 
@@ -434,7 +423,7 @@ def test_batches_have_the_channels_of_the_model(tmp_path, num_channels):
         Dataset.from_dict({"image": list(arrays)}, features=features).to_parquet(tmp_path / "images.parquet")
     else:
         numbered_images(range(4)).to_parquet(tmp_path / "images.parquet")
-    [batch] = take(CropLoader(arguments(tmp_path / "images.parquet"), num_channels), 0, 1)
+    [batch] = take(CropLoader(arguments(tmp_path / "images.parquet"), num_channels), 1)
     assert [tuple(crops.shape) for crops in batch.crops] == [(8, num_channels, 32, 32), (8, num_channels, 16, 16)]
 
 
@@ -442,7 +431,7 @@ def test_batches_have_the_channels_of_the_model(tmp_path, num_channels):
 def test_epoch_of_a_stream_visits_every_image_once_in_another_order_each_time(tmp_path, num_workers):
     folder = write_shards(tmp_path / "images", 16, 2)
     loader = CropLoader(arguments(folder, streaming=True, num_workers=num_workers), 3)
-    batches = take(loader, 0, 12)
+    batches = take(loader, 12)
     epochs = [sum(map(numbers_in, batches[start : start + 4]), []) for start in (0, 4, 8)]
     for visited in epochs:
         assert sorted(visited) == list(range(16))
@@ -452,16 +441,16 @@ def test_epoch_of_a_stream_visits_every_image_once_in_another_order_each_time(tm
 
 def test_epoch_of_a_stream_leaves_out_what_does_not_fill_a_batch(tmp_path):
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 14, 2), streaming=True), 3)
-    batches = take(loader, 0, 6)
+    batches = take(loader, 6)
     for start in (0, 3):
         visited = sum(map(numbers_in, batches[start : start + 3]), [])
         assert len(set(visited)) == 12
-    assert loader.epoch == 1
+    assert loader.state_dict()["epoch"] == 1
 
 
 def test_images_of_a_stream_are_cropped_differently_in_every_epoch(tmp_path):
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 4, 1), streaming=True), 3)
-    batches = take(loader, 0, 3)
+    batches = take(loader, 3)
     factors = [batch.photometrics[0].factors.sort(0).values for batch in batches]
     assert not torch.isclose(factors[0], factors[1]).any() and not torch.isclose(factors[1], factors[2]).any()
 
@@ -469,40 +458,94 @@ def test_images_of_a_stream_are_cropped_differently_in_every_epoch(tmp_path):
 def test_shards_of_a_stream_change_their_order_every_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHUFFLE_WINDOW", BATCH_SIZE)
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 16, 4), streaming=True), 3)
-    shards = [{number // BATCH_SIZE for number in numbers_in(batch)} for batch in take(loader, 0, 16)]
+    shards = [{number // BATCH_SIZE for number in numbers_in(batch)} for batch in take(loader, 16)]
     assert all(len(shard) == 1 for shard in shards)  # a window is a shard here, so these are not mixed
     orders = [tuple(shard.pop() for shard in shards[start : start + 4]) for start in range(0, 16, 4)]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
     assert len(set(orders)) > 1
 
 
-@WORKERS
-@pytest.mark.parametrize("first_step", [1, 4, 6])  # within the first epoch, at its end, within the second
-def test_stream_goes_on_as_if_uninterrupted(tmp_path, first_step, num_workers):
-    args = arguments(write_shards(tmp_path / "images", 16, 2), streaming=True, num_workers=num_workers)
-    loader = CropLoader(args, 3)
-    batches = loader.batches(10)
-    uninterrupted = [next(batches) for _ in range(first_step)]
-    state = pickle.loads(pickle.dumps(loader.state_dict()))
-    uninterrupted += [next(batches) for _ in range(10 - first_step)]
-    resumed = take(CropLoader(args, 3), first_step, 10, state)
-    assert_equal_batches(resumed, uninterrupted[first_step:])
+# one shard, fewer than workers, not divisible by them, more; windows that hold less than a batch, and all images
+SHARDS = pytest.mark.parametrize("num_shards", [1, 3, 5])
+WINDOWS = pytest.mark.parametrize("window", [3, 7, 1024])
 
 
-def test_stream_can_be_interrupted_twice(tmp_path):
-    args = arguments(write_shards(tmp_path / "images", 14, 2), streaming=True)
-    uninterrupted, resumed, state = take(CropLoader(args, 3), 0, 8), [], None
-    for first_step, num_steps in ((0, 2), (2, 5), (5, 8)):
-        loader = CropLoader(args, 3)
-        resumed += take(loader, first_step, num_steps, state)
-        state = loader.state_dict()
+@WINDOWS
+@SHARDS
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_processes_share_an_epoch_without_loss_or_repetition(
+    tmp_path, monkeypatch, streaming, num_processes, num_shards, window
+):
+    """The reader alone: which images are whose does not depend on what workers do with them."""
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", window)
+    folder = write_shards(tmp_path / "images", 50, num_shards)
+    steps_per_epoch = 50 // (BATCH_SIZE * num_processes)
+    visited = []
+    for process in range(num_processes):
+        state = SimpleNamespace(num_processes=num_processes, process_index=process)
+        monkeypatch.setattr(data, "PartialState", lambda state=state: state)
+        loader = CropLoader(arguments(folder, streaming=streaming), 3)
+        visited.append(list(itertools.islice(images_of(loader), 2 * steps_per_epoch)))
+    for epoch in (0, 1):
+        steps = [step for of_process in visited for step in of_process if step[0] == epoch]
+        numbers = [number for _, numbers in steps for number in numbers]
+        assert len(steps) == steps_per_epoch * num_processes
+        assert len(numbers) == len(set(numbers)) == steps_per_epoch * num_processes * BATCH_SIZE
+    if num_processes == 2:  # together they are one with twice the batch
+        monkeypatch.setattr(data, "PartialState", lambda: SimpleNamespace(num_processes=1, process_index=0))
+        loader = CropLoader(arguments(folder, streaming=streaming, per_device_train_batch_size=2 * BATCH_SIZE), 3)
+        alone = [numbers for _, numbers in itertools.islice(images_of(loader), 2 * steps_per_epoch)]
+        assert alone == [one[1] + other[1] for one, other in zip(*visited)]
+
+
+def images_of(loader: CropLoader, state=None):
+    """Epoch and numbers of the images of each step."""
+    for step in (loader._map_style if loader.is_map_style else loader._stream)(**(state or loader.state)):
+        rows = [loader.dataset[i] for i in step.images] if loader.is_map_style else step.images
+        yield step.epoch, numbers_of(rows)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on few cores
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_run_goes_on_as_if_uninterrupted_also_with_other_workers(tmp_path, monkeypatch, streaming, num_workers):
+    """Stopped twice: within the first epoch and within the second."""
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 5)
+    folder = write_shards(tmp_path / "images", 14, 3)
+    uninterrupted, resumed, state = take(CropLoader(arguments(folder, streaming=streaming), 3), 8), [], None
+    for num_batches in (2, 3, 3):
+        loader = CropLoader(arguments(folder, streaming=streaming, num_workers=num_workers), 3)
+        resumed += take(loader, num_batches, state)
+        state = pickle.loads(pickle.dumps(loader.state_dict()))
     assert_equal_batches(resumed, uninterrupted)
+
+
+@WINDOWS
+@SHARDS
+def test_stream_can_be_stopped_after_any_step(tmp_path, monkeypatch, num_shards, window):
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", window)
+    args = arguments(write_shards(tmp_path / "images", 23, num_shards), streaming=True)
+    steps = list(itertools.islice(CropLoader(args, 3)._stream(0, 0, None), 12))
+    for stopped, step in enumerate(steps[:-1]):
+        goes_on = next(CropLoader(args, 3)._stream(**pickle.loads(pickle.dumps(step.state))))
+        assert goes_on.epoch == steps[stopped + 1].epoch and goes_on.images == steps[stopped + 1].images
+
+
+def test_state_is_of_the_batch_that_was_taken_last_not_of_what_was_read_ahead(tmp_path):
+    args = arguments(write_shards(tmp_path / "images", 16, 2), streaming=True, num_workers=2)
+    loader = CropLoader(args, 3)
+    batches = loader.batches(6)
+    first = [next(batches)]
+    state = loader.state_dict()
+    assert state["position"] == BATCH_SIZE
+    assert_equal_batches(first + take(CropLoader(args, 3), 5, state), [*first, *batches])
 
 
 def test_stream_with_too_few_images_for_a_batch_is_an_error(tmp_path):
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 3, 1), streaming=True), 3)
-    with pytest.raises(ValueError, match=r"fewer images .* batch of 4"):
-        take(loader, 0, 1)
+    with pytest.raises(ValueError, match=r"fewer images than one batch of 4"):
+        take(loader, 1)
 
 
 def test_number_of_images_of_a_stream_is_the_one_that_is_given(tmp_path):

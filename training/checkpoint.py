@@ -1,12 +1,13 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step_0000100/` holds `student/` and `teacher/` in the Hugging Face format, so that either opens by
-`from_pretrained`; `state.pt` (centre, optimiser, step); and one `rank_N.pt` a process (random state, place in the
-data, sums of the metrics that have not been written yet).
+`from_pretrained`; `state.pt` (centre, optimiser, step, place in the data); and one `rank_N.pt` a process (random
+state, sums of the metrics that have not been written yet).
 """
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def save_checkpoint(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
-    data_state: dict | None,
+    data_state: dict,
     running: torch.Tensor,
     image_processor,
     total_limit: int,
@@ -46,13 +47,14 @@ def save_checkpoint(
         student.save_pretrained(unfinished / "student")
         teacher.save_pretrained(unfinished / "teacher")
         image_processor.save_pretrained(unfinished / "teacher")
-        state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict()}
+        state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict(), "data": data_state}
+        state["num_processes"] = accelerator.num_processes
         torch.save(state, unfinished / "state.pt")
     accelerator.wait_for_everyone()
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    rank = {"random": random, "data": data_state, "running": running}
+    rank = {"random": random, "running": running}
     torch.save(rank, unfinished / f"rank_{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -173,14 +175,15 @@ def load_checkpoint(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, dict | None, torch.Tensor]:
+) -> tuple[int, dict, torch.Tensor]:
     """Puts a checkpoint's state into what is given.
 
     Returns:
-        The steps done, this process's place in the data, and its running sums of the metrics.
+        The steps done, the place in the data, and this process's running sums of the metrics. With another number of
+        processes, random states and sums are not those of the checkpoint, and a warning says so.
 
     Raises:
-        ValueError: a checkpoint of another network, or of fewer processes.
+        ValueError: a checkpoint of another network.
     """
     for name, model in (("student", student), ("teacher", teacher)):
         saved = DINOForPreTraining.from_pretrained(folder / name)
@@ -189,14 +192,15 @@ def load_checkpoint(
     state = torch.load(folder / "state.pt", map_location=accelerator.device, weights_only=True)
     dino_loss.center.copy_(state["center"])
     optimizer.load_state_dict(state["optimizer"])
-    rank_file = folder / f"rank_{accelerator.process_index}.pt"
-    if not rank_file.is_file():
-        raise ValueError(
-            f"{folder} was saved by fewer than {accelerator.num_processes} processes: no {rank_file.name}"
+    if state["num_processes"] != accelerator.num_processes:
+        warnings.warn(
+            f"{folder} was saved by {state['num_processes']} processes and goes on with {accelerator.num_processes}, "
+            "at the same place in the epoch: if that changes the batch of all of them, images come in other batches "
+            "from here on, and what was measured since the last line of metrics is lost"
         )
-    # the loader's state is made of plain containers, so that this, too, needs no pickle that runs code
-    rank = torch.load(rank_file, weights_only=True)
+        return state["step"], state["data"], torch.zeros(3, device=accelerator.device)
+    rank = torch.load(folder / f"rank_{accelerator.process_index}.pt", weights_only=True)
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])
-    return state["step"], rank["data"], rank["running"].to(accelerator.device)
+    return state["step"], state["data"], rank["running"].to(accelerator.device)

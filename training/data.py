@@ -1,21 +1,24 @@
-"""Batches of crops, as a function of the step.
+"""Batches of crops, and where they stand: endless, and the same whatever the number of workers.
 
-Map-style data: the images of step s are a slice of the epoch's permutation, so nothing has to be remembered to go on
-from there, whatever the number of processes and workers. Streams: shards change their order every epoch, images theirs
-within a window, and the loader's own state says where it is.
+The training process decides which images are next, all processes by the same rule: the images of a global batch follow
+one another in the epoch's order, and every process takes its slice of them. So none is lost or repeated, no process
+runs out before the others, and a resume needs no more than the place in that order. Workers only decode and crop.
+
+Map-style data is in a new random order every epoch. Streams are read by one thread, in windows of consecutive images
+that are shuffled among each other; shards change their order every epoch.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import IterableDataset as TorchIterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from evaluation.images import decode_image, image_content, load_images
 
@@ -24,82 +27,43 @@ from .augmentation import CropBatch, MultiCrop, collate
 
 
 SHUFFLE_WINDOW = 1024  # images of a stream that are shuffled among each other
+READ_AHEAD = 4  # batches of a stream that are read before they are needed
+
+
+class Images(NamedTuple):
+    """This process's images of a step: indices of map-style data, or rows of a stream."""
+
+    epoch: int
+    images: list[int] | list[dict]
+    state: dict  # from which the next step goes on
 
 
 class CropDataset(TorchDataset):
-    """Crops of the image at (epoch, index)."""
+    """Crops of an image in an epoch: of the row at an index, or of a row that has been read already."""
 
-    def __init__(self, dataset: Dataset, multi_crop: MultiCrop, num_channels: int):
+    def __init__(self, dataset: Dataset | None, multi_crop: MultiCrop, num_channels: int):
         self.dataset = dataset
         self.multi_crop = multi_crop
         self.num_channels = num_channels
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]):
-        epoch, index = epoch_and_index
-        return crop(self.dataset[index], epoch, self.multi_crop, self.num_channels)
+    def __getitem__(self, epoch_and_image: tuple[int, int | dict]):
+        epoch, image = epoch_and_image
+        row = image if isinstance(image, dict) else self.dataset[image]
+        content = image_content(row["image"])
+        return self.multi_crop(decode_image(row["image"], self.num_channels, content), content, epoch)
 
 
-class CropStream(TorchIterableDataset):
-    """Crops of the images of a stream. Its `epoch` lives in shared memory, where persistent workers see it change."""
-
-    def __init__(self, dataset: IterableDataset, multi_crop: MultiCrop, num_channels: int):
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.dataset = dataset.map(self._shuffle_window, batched=True, batch_size=SHUFFLE_WINDOW, with_indices=True)
-        self.multi_crop = multi_crop
-        self.num_channels = num_channels
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
-        self.dataset.set_epoch(epoch + 1)  # shuffles the shards; the library leaves them in order in epoch 0
-
-    def _shuffle_window(self, rows: dict[str, list], indices: list[int]) -> dict[str, list]:
-        """A permutation with a seed of its own: no buffer that a resume would lose."""
-        order = np.random.default_rng([self.multi_crop.seed, int(self.epoch), indices[0]]).permutation(len(indices))
-        return {name: [column[i] for i in order] for name, column in rows.items()}
-
-    def __iter__(self):
-        for row in self.dataset:
-            yield crop(row, int(self.epoch), self.multi_crop, self.num_channels)
-
-    def state_dict(self) -> dict:
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.dataset.load_state_dict(state)
-
-
-def crop(row: dict, epoch: int, multi_crop: MultiCrop, num_channels: int):
-    content = image_content(row["image"])
-    return multi_crop(decode_image(row["image"], num_channels, content), content, epoch)
-
-
-class StepSampler:
-    """For every one of `steps`, this process's (epoch, index) pairs: its slice of the epoch's permutation.
-
-    The images that do not fill the last global batch of an epoch are left out of it; which these are changes.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, steps: range, seed: int):
-        state = PartialState()
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.global_batch_size = batch_size * state.num_processes
-        self.offset = batch_size * state.process_index
-        self.steps = steps
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = self.num_images // self.global_batch_size
-        order, order_epoch = None, None
-        for step in self.steps:
-            epoch, position = divmod(step, steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.num_images), epoch
-            start = position * self.global_batch_size + self.offset
-            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
-
-    def __len__(self) -> int:
-        return len(self.steps)
+def read_ahead(items: Iterator, depth: int) -> Iterator:
+    """The same items, of an endless iterator, read by a thread up to `depth` of them before they are asked for."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        ahead = deque(pool.submit(next, items) for _ in range(depth))
+        while True:
+            item = ahead.popleft().result()
+            ahead.append(pool.submit(next, items))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class CropLoader:
@@ -111,57 +75,92 @@ class CropLoader:
         self.dataset = load_images(
             args.dataset_name, args.dataset_config_name, args.train_split, args.image_column, None, args.streaming
         ).select_columns("image")
-        if isinstance(self.dataset, Dataset):
+        self.is_map_style = isinstance(self.dataset, Dataset)
+        if self.is_map_style:
             self.num_images = len(self.dataset)
         else:
             known = (self.dataset.info.splits or {}).get(args.train_split)
             self.num_images = args.num_examples or (known.num_examples if known else None)
+        process, batch_size = PartialState(), args.per_device_train_batch_size
+        self.global_batch_size = batch_size * process.num_processes
+        self.slice = slice(batch_size * process.process_index, batch_size * (process.process_index + 1))
+        self.state = {"epoch": 0, "position": 0, "window": None}
 
-    def batches(self, num_steps: int, first_step: int = 0, state: dict | None = None) -> Iterator[CropBatch]:
-        """Batches of steps `first_step` to `num_steps`; a stream goes on from the `state` of its `state_dict`."""
-        multi_crop = MultiCrop(self.args, self.args.seed)
-        options = {
-            "num_workers": self.args.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.args.num_workers > 0,
-            "collate_fn": collate,
+    def batches(self, num_batches: int, state: dict | None = None) -> Iterator[CropBatch]:
+        """The next `num_batches`; from the start, or from where a `state_dict` was taken."""
+        self.state = state or self.state
+        images = self._map_style(**self.state) if self.is_map_style else self._stream(**self.state)
+        if not self.is_map_style:
+            images = read_ahead(images, READ_AHEAD)
+        states = deque()  # of batches that workers are at
+
+        def next_images() -> Iterator[list[tuple[int, int | dict]]]:
+            for _ in range(num_batches):
+                step = next(images)
+                states.append(step.state)
+                yield [(step.epoch, image) for image in step.images]
+
+        crops = CropDataset(
+            self.dataset if self.is_map_style else None, MultiCrop(self.args, self.args.seed), self.num_channels
+        )
+        loader = DataLoader(
+            crops,
+            batch_sampler=next_images(),
+            collate_fn=collate,
+            num_workers=self.args.num_workers,
+            pin_memory=torch.cuda.is_available(),
             # of its own, so that making a loader draws nothing from the generator that drops paths
-            "generator": torch.Generator(),
-        }
-        batch_size = self.args.per_device_train_batch_size
-        if isinstance(self.dataset, Dataset):
-            crops = CropDataset(self.dataset, multi_crop, self.num_channels)
-            sampler = StepSampler(self.num_images, batch_size, range(first_step, num_steps), self.args.seed)
-            yield from DataLoader(crops, batch_sampler=sampler, **options)
-            return
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            self.state = states.popleft()
+            yield batch
 
-        process = PartialState()
-        shard = split_dataset_by_node(self.dataset, process.process_index, process.num_processes)
-        stream = CropStream(shard, multi_crop, self.num_channels)
-        self.loader = StatefulDataLoader(stream, batch_size=batch_size, drop_last=True, **options)
-        self.epoch = 0
-        if state is not None:
-            if state["num_workers"] != self.args.num_workers:
-                raise ValueError(
-                    f"the stream was left by {state['num_workers']} workers a process and goes on with as many; "
-                    f"num_workers is {self.args.num_workers}"
-                )
-            self.epoch = state["epoch"]
-            self.loader.load_state_dict(state["loader"])
+    def _map_style(self, epoch: int, position: int, window: None) -> Iterator[Images]:
+        """The images that do not fill the last global batch of an epoch are left out; which these are changes."""
         while True:
-            stream.set_epoch(self.epoch)
-            empty = True
-            for batch in self.loader:
-                empty = False
-                yield batch
-            if empty and state is None:
-                raise ValueError(
-                    f"{self.args.dataset_name} has fewer images per process and worker than one batch of {batch_size}"
-                )
-            self.epoch, state = self.epoch + 1, None
+            order = np.random.default_rng([self.args.seed, epoch]).permutation(self.num_images)
+            while position + self.global_batch_size <= self.num_images:
+                images = order[position:][self.slice].tolist()
+                position += self.global_batch_size
+                yield Images(epoch, images, {"epoch": epoch, "position": position, "window": None})
+            epoch, position = epoch + 1, 0
 
-    def state_dict(self) -> dict | None:
-        """Where a stream stands after the last batch taken; map-style data needs nothing but the step."""
-        if isinstance(self.dataset, Dataset):
-            return None
-        return {"epoch": self.epoch, "num_workers": self.args.num_workers, "loader": self.loader.state_dict()}
+    def _stream(self, epoch: int, position: int, window: dict | None) -> Iterator[Images]:
+        """Windows are read as Arrow tables, so that only the images of this process are ever copied.
+
+        Of a window, the state holds where the stream stood before it, and how many of its images were taken.
+        """
+        dataset = self.dataset.with_format("arrow")
+        while True:
+            dataset.set_epoch(epoch + 1)  # shuffles the shards; the library leaves them in order in epoch 0
+            before, taken, images, filled = None, 0, [], 0
+            if window is not None:
+                before, taken = window["stream"], window["taken"]
+                if before is not None:
+                    dataset.load_state_dict(before)
+            for table in dataset.iter(SHUFFLE_WINDOW):
+                first = position + filled - taken  # which image of the epoch the window begins with
+                order = np.random.default_rng([self.args.seed, epoch, first]).permutation(len(table))
+                while taken < len(table):
+                    part = order[taken : taken + self.global_batch_size - filled]
+                    places = filled + np.arange(len(part))  # in the global batch
+                    mine = part[(self.slice.start <= places) & (places < self.slice.stop)]
+                    images += table.take(mine).to_pylist()
+                    filled, taken = filled + len(part), taken + len(part)
+                    if filled == self.global_batch_size:
+                        position += filled
+                        state = {"stream": before, "taken": taken}
+                        yield Images(epoch, images, {"epoch": epoch, "position": position, "window": state})
+                        images, filled = [], 0
+                before, taken = dataset.state_dict(), 0
+            if not position:
+                raise ValueError(
+                    f"{self.args.dataset_name} has fewer images than one batch of {self.global_batch_size} for all "
+                    "processes"
+                )
+            epoch, position, window = epoch + 1, 0, None
+
+    def state_dict(self) -> dict:
+        """Where the last batch that was taken left the data; the same on every process."""
+        return self.state

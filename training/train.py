@@ -323,7 +323,7 @@ def train(args: TrainingArguments) -> Path:
         )
         if first_step >= num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
-    batches = loader.batches(num_steps, first_step, data_state)
+    batches = loader.batches(num_steps - first_step, data_state)
     batches = chain([next(batches)], batches)  # images that cannot be read are found before another run is deleted
 
     output_dir.mkdir(parents=True, exist_ok=True)
