@@ -239,6 +239,7 @@ def test_last_layer_without_weight_norm_gives_the_same_logits(tmp_path):
 
 
 def answer(capsys, *argv) -> str:
+    capsys.readouterr()  # what the test itself has printed, as transformers' progress bars
     with pytest.raises(SystemExit) as stopped:
         run("dino-convert", convert_from_command_line, [*map(str, argv)])
     stderr = capsys.readouterr().err.strip()

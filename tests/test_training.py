@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -147,6 +148,20 @@ def test_printed_snippet_loads_the_teacher(run, tmp_path):
         for path in ("model.safetensors", "checkpoints/step_0000010/teacher/model.safetensors")
     )
     assert published and all(torch.equal(tensor, checkpoint[f"dino.{name}"]) for name, tensor in published.items())
+
+
+def test_first_crops_are_drawn_as_the_networks_see_them(run):
+    """Eight rows of two global crops of 16 and two local ones of 8 pixels; flat where it says so, not normalised."""
+    with Image.open(run[0] / "crops.png") as picture:
+        assert picture.size == (2 * 16 + 2 * 8 + 3 * 4, 8 * 20 - 4)
+        pixels = np.array(picture)
+    assert (pixels[:, 16:20] == 255).all()  # a gap
+    assert pixels[:16, :16].std() > 10 and pixels[-16:, 20:36].std() > 10
+
+
+def test_waiting_for_data_is_a_share_of_the_time(run):
+    shares = [line["data_wait"] for line in metrics(run[0]) if "data_wait" in line]
+    assert len(shares) == 10 and all(0 < share < 1 for share in shares)
 
 
 def test_curves_are_drawn(run):

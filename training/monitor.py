@@ -4,9 +4,15 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from PIL import Image
 from tqdm import tqdm
+
+from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, apply_photometrics
 
 
 class Monitor:
@@ -39,6 +45,14 @@ class Monitor:
         )
         self.since = time.perf_counter()
         self.images = 0
+        self.waited = 0.0  # seconds since the last line of metrics
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens within is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
 
     def count(self, images: int) -> None:
         """One step done, on this many images of all processes."""
@@ -53,13 +67,18 @@ class Monitor:
         self.since = time.perf_counter() - elapsed
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """A line of training metrics after `step` steps; adds images/s since the last one."""
-        images_per_second = self.images / (time.perf_counter() - self.since)
-        self.since, self.images = time.perf_counter(), 0
-        self.write(step, values | {"images_per_second": images_per_second})
+        """A line of training metrics after `step` steps; adds images/s and `data_wait`, since the last one.
+
+        `data_wait` is the share of the time in which the training waited for its next batch. Without workers, it
+        decodes and crops by itself meanwhile.
+        """
+        elapsed = time.perf_counter() - self.since
+        images_per_second, data_wait = self.images / elapsed, self.waited / elapsed
+        self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
+        self.write(step, values | {"images_per_second": images_per_second, "data_wait": data_wait})
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
-            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s",
+            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}",
             refresh=False,
         )
 
@@ -80,6 +99,30 @@ def read_metrics(output_dir: Path) -> list[dict]:
     """The lines of a run's `metrics.jsonl`, but for a last one that a crash has cut short."""
     file = output_dir / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) -> Path:
+    """Draws what the networks see of the first eight images into `crops.png`: a row each, global crops first."""
+    batch_size = len(batch.crops[0]) // NUM_GLOBAL_CROPS
+    num_images, gap = min(8, batch_size), 4
+    columns = []
+    for crops, drawn in zip(batch.crops, batch.photometrics):
+        for first in range(0, len(crops), batch_size):  # of the crop-major rows
+            shown = slice(first, first + num_images)
+            seen = apply_photometrics(crops[shown], type(drawn)(*(values[shown] for values in drawn)), args)
+            mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.image_mean, args.image_std))
+            seen = ((seen * std + mean) * 255).round().clamp(0, 255).byte()
+            columns.append(seen[:, :3] if seen.shape[1] >= 3 else seen[:, :1].expand(-1, 3, -1, -1))
+    widths = [pictures.shape[-1] for pictures in columns]
+    row = max(widths) + gap
+    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), num_images * row - gap), "white")
+    for column, pictures in enumerate(columns):
+        left = sum(widths[:column]) + gap * column
+        for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
+            canvas.paste(Image.fromarray(picture), (left, i * row))
+    path = output_dir / "crops.png"
+    canvas.save(path)
+    return path
 
 
 def draw_curves(output_dir: Path, out_dim: int) -> Path:

@@ -37,7 +37,7 @@ from .checkpoint import (
 )
 from .data import CropLoader
 from .loss import DINOLoss
-from .monitor import Monitor, draw_curves
+from .monitor import Monitor, draw_crops, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
@@ -350,7 +350,11 @@ def train(args: TrainingArguments) -> Path:
     model.train()
     for step in range(first_step, num_steps):
         now = schedule(step)
-        loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, next(batches), now)
+        with monitor.waiting():
+            batch = next(batches)
+        if step == 0 and accelerator.is_main_process:
+            draw_crops(batch, args, output_dir)
+        loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, batch, now)
         running += torch.stack([loss, entropy, torch.ones_like(loss)])
         monitor.count(global_batch_size)
         done = step + 1
