@@ -4,6 +4,8 @@ Images stay encoded until somebody needs pixels, and then `decode_image` is the 
 """
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from tarfile import ReadError
 from zipfile import BadZipFile
@@ -171,11 +173,24 @@ def load_images(
     return dataset.rename_columns(renamed) if renamed else dataset
 
 
+class BrokenImageError(ValueError):
+    """An image that cannot be decoded faithfully. `kind` is one of a few words, the message names the image."""
+
+    def __init__(self, name: str, kind: str, reason: str):
+        super().__init__(f"image {name} {reason}")
+        self.name, self.kind = name, kind
+
+
 def image_content(image: dict | list | np.ndarray) -> bytes:
     """The bytes of an undecoded image: of its file, or of its array."""
     if not isinstance(image, dict):
         return np.asarray(image, dtype=np.uint8).tobytes()
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    if image["bytes"] is not None:
+        return image["bytes"]
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError as error:
+        raise BrokenImageError(image["path"], "unreadable", f"cannot be read: {error.strerror}") from error
 
 
 def decode_image(image: dict | list | np.ndarray, num_channels: int, content: bytes | None = None) -> np.ndarray:
@@ -190,7 +205,8 @@ def decode_image(image: dict | list | np.ndarray, num_channels: int, content: by
         content: The file's bytes, if they have been read already.
 
     Raises:
-        ValueError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
+        BrokenImageError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
+        ValueError: a number of channels that no file has, or another than the arrays'.
     """
     if not isinstance(image, dict):
         array = np.asarray(image, dtype=np.uint8)
@@ -205,9 +221,14 @@ def decode_image(image: dict | list | np.ndarray, num_channels: int, content: by
     try:
         with PillowImage.open(io.BytesIO(content or image_content(image))) as file:
             if file.mode[0] in "IF":
-                raise ValueError(f"images must have 8 bits a channel, image {name} has Pillow's mode {file.mode}")
+                raise BrokenImageError(name, "not 8 bits", f"has Pillow's mode {file.mode}, and not 8 bits a channel")
             pixels = np.array(ImageOps.exif_transpose(file).convert(PILLOW_MODES[num_channels]))
-    except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
-        reason = "no image file" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"image {name} cannot be decoded: {reason}") from error
+    except BrokenImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(name, "no image", "cannot be decoded: no image file") from error
+    except PillowImage.DecompressionBombError as error:
+        raise BrokenImageError(name, "too large", f"is too large: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # as Pillow's readers do
+        raise BrokenImageError(name, "damaged", f"cannot be decoded: {error}") from error
     return pixels.reshape(*pixels.shape[:2], num_channels).transpose(2, 0, 1)

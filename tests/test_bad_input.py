@@ -123,12 +123,13 @@ def test_flags_add_to_the_overrides_of_a_recipe(recipe):
     assert (config.out_dim, config.layer_norm_eps, config.hidden_size) == (8, 1e-5, 24)
 
 
-def test_broken_image_is_named(recipe, flat_folder, tmp_path, capsys):
+def test_data_of_which_nothing_can_be_decoded_is_no_start(recipe, flat_folder, tmp_path, capsys):
     for path in flat_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:100])
     for num_workers in (0, 1):
         argv = (*recipe(), "--dataset_name", tmp_path, "--output_dir", tmp_path / "out", "--num_workers", num_workers)
-        assert "dino: error: image " in (message := answer(train_from_command_line, argv, capsys))
+        message = answer(train_from_command_line, argv, capsys)
+        assert "none of the 8 images of a batch can be decoded; the first: image " in message
         assert ".png cannot be decoded: " in message and "Traceback" not in message
     assert not (tmp_path / "out").exists()
 

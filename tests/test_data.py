@@ -532,6 +532,36 @@ def test_stream_can_be_stopped_after_any_step(tmp_path, monkeypatch, num_shards,
         assert goes_on.epoch == steps[stopped + 1].epoch and goes_on.images == steps[stopped + 1].images
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_broken_images_are_replaced_by_the_next_of_the_batch_and_told(tmp_path, streaming, num_workers):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    faults = {3: b"", 7: encoded(numbered_picture(7))[:300], 8: b"text", 11: encoded(np.full((9, 9), 3000, np.uint16))}
+    for i in range(16):
+        (folder / f"{i:02}.png").write_bytes(faults.get(i) or (b"" if i in faults else encoded(numbered_picture(i))))
+    whole = arguments(folder, streaming=streaming, num_workers=num_workers)
+    order = [numbers for _, numbers in itertools.islice(names_of(CropLoader(whole, 3)), 4)]
+    for batch, numbers in zip(take(CropLoader(whole, 3), 4), order):
+        good = [number for number in numbers if number not in faults]
+        following = [
+            next(other for other in numbers[place:] + numbers if other not in faults) for place in range(len(numbers))
+        ]
+        assert numbers_in(batch) == following and set(good) <= set(following)
+        assert [Path(image["image"]).name for image in batch.skipped] == [
+            f"{number:02}.png" for number in numbers if number in faults
+        ]
+        kinds = {3: "no image", 7: "damaged", 8: "no image", 11: "not 8 bits"}
+        assert [image["kind"] for image in batch.skipped] == [kinds[n] for n in numbers if n in faults]
+
+
+def names_of(loader: CropLoader):
+    """Epoch and numbers, by the names of their files, of each step."""
+    for step in (loader._map_style if loader.is_map_style else loader._stream)(**loader.state):
+        rows = [loader.dataset[i] for i in step.images] if loader.is_map_style else step.images
+        yield step.epoch, [int(Path(row["image"]["path"]).stem) for row in rows]
+
+
 def test_state_is_of_the_batch_that_was_taken_last_not_of_what_was_read_ahead(tmp_path):
     args = arguments(write_shards(tmp_path / "images", 16, 2), streaming=True, num_workers=2)
     loader = CropLoader(args, 3)

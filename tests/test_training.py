@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -187,7 +188,7 @@ def test_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(recipe, pa
         "--resume_from_checkpoint", tmp_path / "whole/checkpoints/step_0000003",
     )  # fmt: skip
     whole, rest = (
-        [{**line, "images_per_second": None} for line in metrics(tmp_path / name) if "loss" in line]
+        [{**line, "images_per_second": None, "data_wait": None} for line in metrics(tmp_path / name) if "loss" in line]
         for name in ("whole", "rest")
     )
     assert [line["step"] for line in rest] == [4, 6, 8, 10]
@@ -260,6 +261,40 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
         [line["knn_10_top1"] for line in metrics(tmp_path / name) if "knn_10_top1" in line] for name in ("two", "one")
     ]
     assert knn[0] == pytest.approx(knn[1], abs=100 / 12 + 1e-6)  # 12 images; one may sit on the border
+
+
+def test_run_goes_on_with_another_number_of_processes(recipe, parquet_folder, tmp_path):
+    """At the same place of the epoch: with the same batch of all of them, as if nothing had happened."""
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
+    trained(*argv, "--output_dir", tmp_path / "one")
+    two = ("--output_dir", tmp_path / "two")
+    trained(*argv, *two, "--per_device_train_batch_size", "4", launcher=launcher)
+    checkpoint = tmp_path / "two/checkpoints/step_0000003"
+    finished = command(*argv, *two, "--resume_from_checkpoint", checkpoint)
+    assert finished.returncode == 0, finished.stderr
+    assert "was saved by 2 processes and goes on with 1, at the same place in the epoch" in finished.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_broken_images_are_counted_and_listed_and_too_many_stop_the_run(recipe, flat_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(flat_folder, images)
+    for name in ("1.png", "2.png"):
+        (images / name).write_bytes((images / name).read_bytes()[:100])
+    argv = ("--config", recipe, "--dataset_name", images, "--output_dir", tmp_path / "run", "--num_train_epochs", "90")
+    argv += ("--per_device_train_batch_size", "12", "--save_steps", "99", "--eval_crop_pct", "1")
+    trained(*argv, "--max_skipped_fraction", "0.2")
+    counts = [line["skipped"] for line in metrics(tmp_path / "run") if "skipped" in line]
+    assert counts[0] == {"damaged": 2} and counts[-1] == {"damaged": 180}
+    lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 180 and {line["image"] for line in lines} == {str(images / n) for n in ("1.png", "2.png")}
+    finished = command(*argv, "--overwrite_output_dir")
+    assert finished.returncode == 2
+    *_, message = finished.stderr.strip().splitlines()
+    assert "168 of 1008 images are broken, more than max_skipped_fraction = 0.01" in message
+    assert f"image {images / '1.png'} cannot be decoded" in message and str(images / "2.png") in message
+    assert (tmp_path / "run/checkpoints/step_0000084/state.pt").is_file()
 
 
 def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run, recipe, parquet_folder, tmp_path):

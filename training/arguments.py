@@ -31,6 +31,9 @@ class TrainingArguments(AugmentationArguments):
     image_column: str | None = HfArg(default=None, help="Column of the images; found by itself when there is one.")
     streaming: bool = HfArg(default=False, help="Read the data while training, without preparing it first.")
     num_examples: int | None = HfArg(default=None, help="Images per epoch; for streams, which do not know it.")
+    max_skipped_fraction: float = HfArg(
+        default=0.01, help="Broken images are skipped; a larger share of them stops the run, after 1000 images."
+    )
     num_workers: int = HfArg(
         default_factory=lambda: min(8, os.cpu_count() or 1),
         help="Worker processes per process that decode and crop. Default: 8, or as many as there are cores.",
@@ -112,6 +115,8 @@ class TrainingArguments(AugmentationArguments):
         for name in ("momentum_teacher", "center_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            raise ValueError(f"max_skipped_fraction must be between 0 and 1, got {self.max_skipped_fraction}")
         if self.eval_crop_pct > 1:
             raise ValueError(f"eval_crop_pct must be at most 1, got {self.eval_crop_pct}")
 

@@ -116,6 +116,7 @@ class CropBatch(NamedTuple):
 
     crops: list[torch.Tensor]  # one a resolution, uint8 (crops * batch, channels, size, size)
     photometrics: list[Photometrics]  # one a resolution
+    skipped: list[dict[str, str]] = []  # images that were broken: name, kind and reason
 
 
 def draw_boxes(rng: np.random.Generator, height: int, width: int, scale: np.ndarray) -> np.ndarray:

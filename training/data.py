@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from evaluation.images import decode_image, image_content, load_images
+from evaluation.images import BrokenImageError, decode_image, image_content, load_images
 
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate
@@ -49,8 +49,32 @@ class CropDataset(TorchDataset):
     def __getitem__(self, epoch_and_image: tuple[int, int | dict]):
         epoch, image = epoch_and_image
         row = image if isinstance(image, dict) else self.dataset[image]
-        content = image_content(row["image"])
-        return self.multi_crop(decode_image(row["image"], self.num_channels, content), content, epoch)
+        try:
+            content = image_content(row["image"])
+            pixels = decode_image(row["image"], self.num_channels, content)
+        except BrokenImageError as error:
+            return error
+        return self.multi_crop(pixels, content, epoch)
+
+
+def collate_what_decodes(samples: list) -> CropBatch:
+    """A batch in which every broken image has been replaced by the next one of the batch that is whole.
+
+    Raises:
+        ValueError: if none of them is.
+    """
+    whole = [sample for sample in samples if not isinstance(sample, BrokenImageError)]
+    if len(whole) == len(samples):
+        return collate(samples)
+    if not whole:
+        raise ValueError(f"none of the {len(samples)} images of a batch can be decoded; the first: {samples[0]}")
+    skipped, following = [], whole[0]
+    for place in reversed(range(len(samples))):
+        if isinstance(samples[place], BrokenImageError):
+            error, samples[place] = samples[place], following
+            skipped.insert(0, {"image": error.name, "kind": error.kind, "reason": str(error)})
+        following = samples[place]
+    return collate(samples)._replace(skipped=skipped)
 
 
 def read_ahead(items: Iterator, depth: int) -> Iterator:
@@ -106,7 +130,7 @@ class CropLoader:
         loader = DataLoader(
             crops,
             batch_sampler=next_images(),
-            collate_fn=collate,
+            collate_fn=collate_what_decodes,
             num_workers=self.args.num_workers,
             pin_memory=torch.cuda.is_available(),
             # of its own, so that making a loader draws nothing from the generator that drops paths

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,21 @@ class Monitor:
         self.since = time.perf_counter()
         self.images = 0
         self.waited = 0.0  # seconds since the last line of metrics
+        self.skipped = Counter()  # images by kind of fault, of this process since it started
+        self.skipped_file = output_dir / "skipped.jsonl"
+
+    def skip(self, step: int, images: list[dict[str, str]]) -> None:
+        """Lists images that were broken in `skipped.jsonl`, on whatever process."""
+        if images:
+            self.skipped.update(image["kind"] for image in images)
+            with self.skipped_file.open("a") as file:
+                file.write("".join(json.dumps({"step": step} | image) + "\n" for image in images))
+
+    def first_skipped(self) -> str:
+        """What was wrong with the first five images that are listed."""
+        lines = self.skipped_file.read_text().splitlines() if self.skipped_file.exists() else []  # of another process
+        reasons = dict.fromkeys(json.loads(line)["reason"] for line in lines)
+        return "; ".join(list(reasons)[:5])
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -6,12 +6,13 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import ClassLabel, Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import CONFIG_MAPPING
@@ -333,6 +334,7 @@ def train(args: TrainingArguments) -> Path:
         else:
             for old in list_checkpoints(output_dir):
                 shutil.rmtree(old)
+            (output_dir / "skipped.jsonl").unlink(missing_ok=True)
             unpublish(output_dir)
     accelerator.wait_for_everyone()
     monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process)
@@ -352,6 +354,7 @@ def train(args: TrainingArguments) -> Path:
         now = schedule(step)
         with monitor.waiting():
             batch = next(batches)
+        monitor.skip(step + 1, batch.skipped)
         if step == 0 and accelerator.is_main_process:
             draw_crops(batch, args, output_dir)
         loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, batch, now)
@@ -365,8 +368,11 @@ def train(args: TrainingArguments) -> Path:
         if log_now or save_now:
             sums = accelerator.reduce(running, "sum").tolist()
             if not math.isfinite(sums[0]):
+                monitor.close()
                 raise ValueError(stopped_learning(done, sums[0], output_dir))
+        skipped = Counter()
         if log_now:
+            skipped = sum(gather_object([monitor.skipped]), Counter())
             mean_loss = sums[0] / sums[2]
             monitor.log_step(
                 done,
@@ -379,16 +385,25 @@ def train(args: TrainingArguments) -> Path:
                     "weight_decay": now.weight_decay,
                     "teacher_momentum": now.teacher_momentum,
                     "teacher_temp": now.teacher_temp,
+                    "skipped": dict(skipped),
                 },
             )
             running.zero_()
-        if save_now:
+        num_seen = (done - first_step) * global_batch_size
+        too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
+        if save_now or too_many:
             elapsed = monitor.pause()
             save_checkpoint(
                 accelerator, output_dir, done, student, teacher, dino_loss, optimizer, loader.state_dict(), running,
                 image_processor, args.save_total_limit,
             )  # fmt: skip
             monitor.resume(elapsed)
+        if too_many:
+            monitor.close()
+            raise ValueError(
+                f"{skipped.total()} of {num_seen} images are broken, more than max_skipped_fraction = "
+                f"{args.max_skipped_fraction}: {monitor.first_skipped()} (all are in {output_dir / 'skipped.jsonl'})"
+            )
         if evaluate and (is_last or done % args.eval_steps == 0):
             run_evaluation(done)
     monitor.close()
