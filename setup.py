@@ -42,6 +42,7 @@ setup(
         "console_scripts": [
             "dino-train = training.__main__:main",
             "dino-eval = evaluation.__main__:main",
+            "dino-check = training.check:main",
             "dino-publish = training.publish:main",
             "dino-convert = modeling_dino.convert_dino_checkpoint:main",
         ]

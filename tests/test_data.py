@@ -13,9 +13,10 @@ import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
-from evaluation.images import decode_image, image_content, load_images
+from evaluation.images import BrokenImageError, decode_image, image_content, load_images
 from training import data
 from training.arguments import TrainingArguments
+from training.check import check_from_command_line
 from training.data import CropLoader
 
 
@@ -322,6 +323,59 @@ def test_file_is_read_from_its_path_or_from_bytes_at_hand(tmp_path):
 def test_image_that_cannot_be_decoded_faithfully_is_an_error_that_names_it(content, message):
     with pytest.raises(ValueError, match=message):
         decode_image({"bytes": content, "path": "photo.png"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "no image"),
+        (b"text", "no image"),
+        (encoded(numbered_picture(0))[:300], "damaged"),
+        (encoded(numbered_picture(0), "jpeg")[:-200], "damaged"),  # half of it would be grey
+        (encoded(np.full((4, 4), 3000, np.uint16)), "not 8 bits"),
+        (encoded(np.zeros((300, 300, 3), np.uint8)), "too large"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_kind_of_a_fault(content, kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    with pytest.raises(BrokenImageError) as error:
+        decode_image({"bytes": content, "path": "photo.png"}, 3)
+    assert error.value.kind == kind and "photo.png" in str(error.value)
+
+
+def test_file_that_is_gone_is_a_fault_too(tmp_path):
+    with pytest.raises(BrokenImageError, match="gone.png cannot be read: No such file"):
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1), (2, 900)])
+def test_image_of_any_shape_is_cropped(shape, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    rows = {"image": [{"bytes": encoded(picture), "path": None}] * BATCH_SIZE}
+    Dataset.from_dict(rows, features=Features({"image": datasets.Image()})).to_parquet(tmp_path / "a.parquet")
+    [batch] = take(CropLoader(arguments(tmp_path / "a.parquet"), 3), 1)
+    assert [crops.shape[-2:] for crops in batch.crops] == [(32, 32), (16, 16)] and not batch.skipped
+
+
+def test_first_picture_of_an_animation_is_taken():
+    file = io.BytesIO()
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (30, 200)]
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
+    assert (decode_image({"bytes": file.getvalue(), "path": None}, 1) == 30).all()
+
+
+@pytest.mark.parametrize("flags", [(), ("--streaming",), ("--num_workers", "2")])
+def test_check_finds_what_training_would_skip(tmp_path, capsys, flags):
+    folder = write_flat_folder(tmp_path / "images")
+    (folder / "9.png").write_bytes(encoded(numbered_picture(9))[:300])
+    (folder / "8.jpg").write_bytes(b"")
+    (folder / "7.png").write_bytes(encoded(np.zeros((3, 90, 3), np.uint8), "jpeg"))  # by its content, not its name
+    check_from_command_line([str(folder), *flags])
+    *faults, total, sizes = capsys.readouterr().out.strip().splitlines()
+    assert total == f"{NUM_IMAGES + 3} images, 2 of them would be skipped: 1 no image, 1 damaged"
+    assert sizes == "24 to 90 pixels wide, 3 to 20 high"
+    assert "8.jpg cannot be decoded: no image file" in faults[0] and "9.png cannot be decoded" in faults[1]
 
 
 def test_file_cannot_have_five_channels():
