@@ -1,4 +1,4 @@
-"""`python -m training.check DATA`, or `dino-check DATA`: reads every image, and says which ones training would skip."""
+"""`python -m training.check DATA`, or `dino-check DATA`: reads all images, and says which ones training would skip."""
 
 from collections import Counter
 
