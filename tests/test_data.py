@@ -433,10 +433,11 @@ def assert_equal_batches(one, other) -> None:
             assert all(torch.equal(field, value) for field, value in zip(drawn, expected, strict=True))
 
 
-def write_shards(folder: Path, num_images: int, num_shards: int) -> Path:
+def write_shards(folder: Path, num_images: int, num_shards: int, row_group: int = 1000) -> Path:
     folder.mkdir()
     for shard, numbers in enumerate(np.array_split(np.arange(num_images), num_shards)):
-        numbered_images(numbers.tolist()).to_parquet(folder / f"train-{shard:05}-of-{num_shards:05}.parquet")
+        path = folder / f"train-{shard:05}-of-{num_shards:05}.parquet"
+        numbered_images(numbers.tolist()).to_parquet(path, batch_size=row_group)
     return folder
 
 
@@ -509,9 +510,11 @@ def test_images_of_a_stream_are_cropped_differently_in_every_epoch(tmp_path):
     assert not torch.isclose(factors[0], factors[1]).any() and not torch.isclose(factors[1], factors[2]).any()
 
 
-def test_shards_of_a_stream_change_their_order_every_epoch(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("num_files", "row_group"), [(4, 1000), (1, BATCH_SIZE)])
+def test_shards_of_a_stream_change_their_order_every_epoch(tmp_path, monkeypatch, num_files, row_group):
+    """Files, and the row groups of a single one."""
     monkeypatch.setattr(data, "SHUFFLE_WINDOW", BATCH_SIZE)
-    loader = CropLoader(arguments(write_shards(tmp_path / "images", 16, 4), streaming=True), 3)
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 16, num_files, row_group), streaming=True), 3)
     shards = [{number // BATCH_SIZE for number in numbers_in(batch)} for batch in take(loader, 16)]
     assert all(len(shard) == 1 for shard in shards)  # a window is a shard here, so these are not mixed
     orders = [tuple(shard.pop() for shard in shards[start : start + 4]) for start in range(0, 16, 4)]
@@ -577,9 +580,10 @@ def test_run_goes_on_as_if_uninterrupted_also_with_other_workers(tmp_path, monke
 
 @WINDOWS
 @SHARDS
-def test_stream_can_be_stopped_after_any_step(tmp_path, monkeypatch, num_shards, window):
+@pytest.mark.parametrize("row_group", [4, 1000])
+def test_stream_can_be_stopped_after_any_step(tmp_path, monkeypatch, num_shards, window, row_group):
     monkeypatch.setattr(data, "SHUFFLE_WINDOW", window)
-    args = arguments(write_shards(tmp_path / "images", 23, num_shards), streaming=True)
+    args = arguments(write_shards(tmp_path / "images", 23, num_shards, row_group), streaming=True)
     steps = list(itertools.islice(CropLoader(args, 3)._stream(0, 0, None), 12))
     for stopped, step in enumerate(steps[:-1]):
         goes_on = next(CropLoader(args, 3)._stream(**pickle.loads(pickle.dumps(step.state))))

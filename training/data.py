@@ -5,7 +5,7 @@ one another in the epoch's order, and every process takes its slice of them. So 
 runs out before the others, and a resume needs no more than the place in that order. Workers only decode and crop.
 
 Map-style data is in a new random order every epoch. Streams are read by one thread, in windows of consecutive images
-that are shuffled among each other; shards change their order every epoch.
+that are shuffled among each other; shards, of local parquet its row groups, change their order every epoch.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from evaluation.images import BrokenImageError, decode_image, image_content, load_images
+from evaluation.images import BrokenImageError, decode_image, image_content, is_path, load_images
 
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate
@@ -104,6 +104,9 @@ class CropLoader:
             self.num_images = len(self.dataset)
         else:
             known = (self.dataset.info.splits or {}).get(args.train_split)
+            if is_path(args.dataset_name):
+                # row groups of parquet then change their order, not only files; on the Hub each costs requests
+                self.dataset = self.dataset.reshard()
             self.num_images = args.num_examples or (known.num_examples if known else None)
         process, batch_size = PartialState(), args.per_device_train_batch_size
         self.global_batch_size = batch_size * process.num_processes
