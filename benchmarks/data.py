@@ -1,0 +1,196 @@
+"""Images per second from encoded images to crops, ours beside the original's recipe and lightly's, in the same run.
+
+    python benchmarks/data.py --dataset_name path/to/images [--rounds 5] [--output benchmarks/results/data.json]
+
+Every variant turns the same images into 2 crops of 224 and 8 of 96 pixels, in a process of its own with one thread (of
+the loader: one a worker), and the variants take turns; the medians of all rounds are printed, and their ratios to the
+original's recipe. `pip install lightly` adds lightly's.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageFilter
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from evaluation.images import decode_image, image_content, load_images
+from training.arguments import TrainingArguments
+from training.augmentation import MultiCrop, apply_photometrics, collate
+from training.data import CropLoader
+
+
+BATCH_SIZE = 16
+
+
+def pil_recipe(contents: list[bytes]) -> Iterator[int]:
+    """What the original's `DataAugmentationDINO` does, in torchvision's transforms on PIL images."""
+
+    def blur(probability: float):
+        def apply(image: Image.Image) -> Image.Image:
+            if random.random() > probability:
+                return image
+            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+        return transforms.Lambda(apply)
+
+    def view(size: int, scale: tuple[float, float], blur_probability: float, solarize_probability: float):
+        jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+        return transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([jitter], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                blur(blur_probability),
+                transforms.RandomSolarize(128, p=solarize_probability),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    views = [view(224, (0.4, 1), 1, 0), view(224, (0.4, 1), 0.1, 0.2), *[view(96, (0.05, 0.4), 0.5, 0)] * 8]
+    for content in itertools.cycle(contents):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        [transform(image) for transform in views]
+        yield 1
+
+
+def lightly_transform(contents: list[bytes]) -> Iterator[int]:
+    from lightly.transforms import DINOTransform
+
+    transform = DINOTransform(global_crop_scale=(0.4, 1), local_crop_scale=(0.05, 0.4), n_local_views=8)
+    for content in itertools.cycle(contents):
+        transform(Image.open(io.BytesIO(content)).convert("RGB"))
+        yield 1
+
+
+def settings(**changes) -> TrainingArguments:
+    return TrainingArguments(**{"dataset_name": "unused", "output_dir": "unused"} | changes)
+
+
+def host_half(contents: list[bytes]) -> Iterator[int]:
+    multi_crop = MultiCrop(settings(), seed=0)
+    for epoch in itertools.count():
+        for content in contents:
+            multi_crop(decode_image({"bytes": content, "path": None}, 3, content), content, epoch)
+            yield 1
+
+
+def both_halves(contents: list[bytes]) -> Iterator[int]:
+    args = settings()
+    multi_crop = MultiCrop(args, seed=0)
+    for epoch in itertools.count():
+        for start in range(0, len(contents) - BATCH_SIZE + 1, BATCH_SIZE):
+            batch = collate(
+                [
+                    multi_crop(decode_image({"bytes": content, "path": None}, 3, content), content, epoch)
+                    for content in contents[start : start + BATCH_SIZE]
+                ]
+            )
+            [apply_photometrics(crops, drawn, args) for crops, drawn in zip(batch.crops, batch.photometrics)]
+            yield BATCH_SIZE
+
+
+def loader(dataset_name: str, num_workers: int, streaming: bool) -> Callable[[list[bytes]], Iterator[int]]:
+    """Our host half through the loader."""
+
+    def run(contents: list[bytes]) -> Iterator[int]:
+        args = settings(dataset_name=dataset_name, streaming=streaming, num_workers=num_workers,
+                        per_device_train_batch_size=BATCH_SIZE)  # fmt: skip
+        for _ in CropLoader(args, 3).batches(1_000_000):
+            yield BATCH_SIZE
+
+    return run
+
+
+def measure(run: Callable, contents: list[bytes], seconds: float) -> None:
+    """Prints images/s of `run` and the process's peak memory in MiB, after a first batch that does not count."""
+    torch.set_num_threads(1)
+    images, done = run(contents), 0
+    while done < BATCH_SIZE:
+        done += next(images)
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        done += next(images)
+    speed = done / (time.perf_counter() - start)
+    print(json.dumps([speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
+    os.killpg(0, signal.SIGKILL)  # with all its workers, whatever they are at
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5, help="per variant and round")
+    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of this one measures
+    args = parser.parse_args()
+    variants = {
+        "the original's recipe (PIL)": pil_recipe,
+        "host half: decode, crops": host_half,
+        "both halves on one core": both_halves,
+        "host half, loader, 1 worker": loader(args.dataset_name, 1, False),
+        "host half, loader, 2 workers": loader(args.dataset_name, 2, False),
+        "the same streaming, 1 worker": loader(args.dataset_name, 1, True),
+        "the same streaming, 2 workers": loader(args.dataset_name, 2, True),
+    }
+    if find_spec("lightly"):
+        variants["lightly's DINOTransform"] = lightly_transform
+    if args.variant:
+        contents = [image_content(row["image"]) for row in itertools.islice(load_images(args.dataset_name), 256)]
+        return measure(variants[args.variant], contents, args.seconds)
+    results = {name: [] for name in variants}
+    for _ in range(args.rounds):
+        for name in variants:
+            command = [sys.executable, __file__, "--dataset_name", args.dataset_name, "--variant", name,
+                       "--seconds", str(args.seconds)]  # fmt: skip
+            answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600, start_new_session=True)
+            results[name].append(json.loads(answer.stdout.splitlines()[-1]))
+    report = {}
+    for name, rounds in results.items():
+        speeds, memory = zip(*rounds)
+        peer = [speed / peer for speed, (peer, _) in zip(speeds, results["the original's recipe (PIL)"])]
+        report[name] = {
+            "images_per_second": round(statistics.median(speeds), 1),
+            "lowest": round(min(speeds), 1),
+            "highest": round(max(speeds), 1),
+            "ratio_to_original": round(statistics.median(peer), 2),
+            "peak_memory_mib": round(max(memory)),
+        }
+    print(f"{'':32}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ratio':>8}{'peak MiB':>10}")
+    for name, row in report.items():
+        print(f"{name:32}" + "".join(f"{value:>{width}}" for value, width in zip(row.values(), (10, 9, 9, 8, 10))))
+    if args.output:
+        packages = ("torch", "torchvision", "pillow", "datasets")
+        about = {
+            "date": str(date.today()),
+            "command": f"python benchmarks/data.py --dataset_name {Path(args.dataset_name).name} "
+            f"--rounds {args.rounds} --seconds {args.seconds}",
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "versions": {package: version(package) for package in packages},
+        }
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(about | {"results": report}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
