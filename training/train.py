@@ -123,6 +123,8 @@ def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTrain
         trial = copy.deepcopy(student)
         with torch.random.fork_rng(devices=[]):
             trial([torch.randn(2, config.num_channels, size, size) for size in sizes]).logits.sum().backward()
+    except ImportError:  # timm is missing, or does not know the architecture
+        raise
     except Exception as error:  # of a library's network with settings that only it knows
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
