@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, TimmWrapperModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -29,6 +29,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dino import DINOConfig
+from .network_dino import build_network, run_network, width_of_features
+
+
+# of the forward passes that take one batch of images
+_PIXEL_VALUES = r"""
+    pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+        Normalised images, as the image processor beside the weights makes them. The Vision Transformer takes any
+        height and width that the patch size divides.
+"""
 
 
 class DINOPatchEmbeddings(nn.Module):
@@ -224,24 +233,6 @@ class DINOHead(nn.Module):
         return self.last_layer(bottleneck)
 
 
-class DINOTimmModel(TimmWrapperModel):
-    """A network of timm that starts as timm starts it.
-
-    `TimmWrapperModel` means to hold trained weights, and draws all others anew with one standard deviation.
-    """
-
-    _is_built = False
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self._is_built = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        if self._is_built:  # what `from_pretrained` has not found
-            super()._init_weights(module)
-
-
 class DINOClassifier(nn.Linear):
     """A linear layer of its own kind, because the paper starts classifiers smaller than the network's other layers."""
 
@@ -306,35 +297,22 @@ class DINOModel(DINOPreTrainedModel):
             self.embeddings = DINOEmbeddings(config)
             self.layers = nn.ModuleList([DINOLayer(config, drop_prob) for drop_prob in drop_probs])
             self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        elif config.backbone_config.model_type == "timm_wrapper":
-            self.backbone = DINOTimmModel(config.backbone_config)
         else:
-            self.backbone = AutoModel.from_config(config.backbone_config)
+            self.backbone = build_network(config.backbone_config)
         self.post_init()
 
     @property
     def num_features(self) -> int:
         """Width of `pooler_output`."""
-        network = self.config.backbone_config
-        if network is None:
+        if self.config.backbone_config is None:
             return self.config.hidden_size
-        if network.model_type == "timm_wrapper":
-            return self.backbone.timm_model.head_hidden_size
-        fields = network.to_dict()
-        widths = fields.get("hidden_sizes") or [fields.get("hidden_size")]
-        if not isinstance(widths[-1], int):
-            raise ValueError(f"the config of a {network.model_type} does not say how wide its features are")
-        return widths[-1]
+        return width_of_features(self.backbone)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring
+    @auto_docstring(custom_args=_PIXEL_VALUES)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-            Normalised images, as the image processor beside the weights makes them.
-            The Vision Transformer takes any height and width that the patch size divides.
-
         Example:
 
         ```python
@@ -350,41 +328,13 @@ class DINOModel(DINOPreTrainedModel):
         ```
         """
         if self.config.backbone_config is not None:
-            return self._forward_network(pixel_values, **kwargs)
+            last_hidden_state, features = run_network(self.backbone, pixel_values, **kwargs)
+            return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=features)
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)  # (batch, 1 + patches, hidden)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
-
-    def _forward_network(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        if self.config.backbone_config.model_type == "swin":
-            self._set_shifts_of_swin(*pixel_values.shape[-2:])
-            kwargs["always_partition"] = True
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is for DINO's own Vision Transformer: ask it of `model.backbone`")
-        output = self.backbone(pixel_values, **kwargs)
-        if output.get("pooler_output") is None:
-            raise ValueError(f"a {type(self.backbone).__name__} gives no pooled features")
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=output.pooler_output.flatten(1),  # (batch, num_features)
-        )
-
-    def _set_shifts_of_swin(self, height: int, width: int) -> None:
-        """Windows are shifted in every other block, unless one window covers the whole grid.
-
-        `SwinModel` finds that out by itself, once: after a small image its windows stay small, shifts stay off, and
-        its position bias, which is that of whole windows, does not fit.
-        """
-        config = self.config.backbone_config
-        grid = [math.ceil(side / config.patch_size) for side in (height, width)]
-        for stage in self.backbone.encoder.layers:
-            for i, block in enumerate(stage.blocks):
-                is_shifted = i % 2 == 1 and min(grid) > config.window_size
-                block.shift_size = config.window_size // 2 if is_shifted else 0
-            grid = [(side + 1) // 2 for side in grid]
 
     def get_intermediate_layers(self, pixel_values: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
         """The tokens (batch, 1 + patches, hidden) that the last `n` blocks put out, each after the final norm.
@@ -510,7 +460,7 @@ class DINOForImageClassification(DINOPreTrainedModel):
         return torch.cat(features, dim=-1)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=_PIXEL_VALUES)
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -518,9 +468,6 @@ class DINOForImageClassification(DINOPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-            Normalised images, as the image processor beside the weights makes them.
-
         Example:
 
         ```python
@@ -562,12 +509,9 @@ class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    @auto_docstring
+    @auto_docstring(custom_args=_PIXEL_VALUES)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-            Normalised images, as the image processor beside the weights makes them.
-
         Example:
 
         ```python

@@ -20,7 +20,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         others = [dim for dim in range(input.ndim) if dim != 1]
         channels = [1, -1] + [1] * (input.ndim - 2)
         num_rows = input.numel() // input.shape[1] * torch.distributed.get_world_size()
-        rows = input.float()  # sums of bf16 would be none
+        rows = input.float()  # under autocast it is bf16, whose sums keep two or three digits
         mean = all_reduce(rows.sum(others)) / num_rows
         centred = rows - mean.view(channels)
         variance = all_reduce(centred.square().sum(others)) / num_rows

@@ -22,7 +22,7 @@ from .monitor import read_metrics
 
 # what of a run's folder is published: no checkpoints, and nothing that others have put there
 _PUBLISHED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
-              "configuration_dino.py", "modeling_dino.py", "metrics.jsonl", "curves.png", "README.md")  # fmt: skip
+              "*_dino.py", "metrics.jsonl", "curves.png", "README.md")  # fmt: skip
 _ADDRESS = "path/to/this/folder"  # in the card, until it is uploaded: a real path would tell of its owner
 
 

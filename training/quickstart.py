@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
+from datasets.utils.logging import disable_progress_bar
 from PIL import Image as PillowImage
 from sklearn.datasets import load_digits
 
@@ -37,6 +38,7 @@ def write_digits(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) != 1:
         raise ValueError(f"give one folder to write to, got {len(argv)} arguments")
+    disable_progress_bar()  # of so few images it says nothing
     write_digits(Path(argv[0]))
 
 
