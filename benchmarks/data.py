@@ -31,7 +31,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from evaluation.images import decode_image, image_content, load_images
+from evaluation.images import EncodedImage, image_content, load_images
 from training.arguments import TrainingArguments
 from training.augmentation import MultiCrop, apply_photometrics, collate
 from training.data import CropLoader
@@ -90,7 +90,7 @@ def host_half(contents: list[bytes]) -> Iterator[int]:
     multi_crop = MultiCrop(settings(), seed=0)
     for epoch in itertools.count():
         for content in contents:
-            multi_crop(decode_image({"bytes": content, "path": None}, 3, content), content, epoch)
+            multi_crop(EncodedImage({"bytes": content, "path": None}, 3), epoch)
             yield 1
 
 
@@ -101,7 +101,7 @@ def both_halves(contents: list[bytes]) -> Iterator[int]:
         for start in range(0, len(contents) - BATCH_SIZE + 1, BATCH_SIZE):
             batch = collate(
                 [
-                    multi_crop(decode_image({"bytes": content, "path": None}, 3, content), content, epoch)
+                    multi_crop(EncodedImage({"bytes": content, "path": None}, 3), epoch)
                     for content in contents[start : start + BATCH_SIZE]
                 ]
             )

@@ -1,11 +1,13 @@
 """Images from anywhere that `datasets` reads: Hub id, folder (class folders or flat), parquet, tars, `save_to_disk`.
 
-Images stay encoded until somebody needs pixels, and then `decode_image` is the one way to get them.
+Images stay encoded until somebody needs pixels, and then `EncodedImage` is the one way to get them.
 """
 
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tarfile import ReadError
 from zipfile import BadZipFile
@@ -25,8 +27,8 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Array3D, ClassLabel, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PillowImage
-from PIL import ImageOps, UnidentifiedImageError
 
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
@@ -193,8 +195,8 @@ def image_content(image: dict | list | np.ndarray) -> bytes:
         raise BrokenImageError(image["path"], "unreadable", f"cannot be read: {error.strerror}") from error
 
 
-def decode_image(image: dict | list | np.ndarray, num_channels: int, content: bytes | None = None) -> np.ndarray:
-    """An undecoded image as pixels (num_channels, height, width) in uint8.
+class EncodedImage:
+    """An image of a data set whose header has been read, and whose pixels have not been decoded yet.
 
     Files are turned upright as their EXIF says and become grey (1 channel), RGB (3) or RGBA (4). Arrays must already
     have `num_channels` as their first or last dimension.
@@ -202,33 +204,81 @@ def decode_image(image: dict | list | np.ndarray, num_channels: int, content: by
     Args:
         image: What a row of `load_images` holds in `image`.
         num_channels: Channels that the model takes.
-        content: The file's bytes, if they have been read already.
+        content: What tells this image from others. Default: the bytes of its file or array.
+
+    Attributes:
+        height, width: In pixels, upright.
+        content: See above.
 
     Raises:
         BrokenImageError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
         ValueError: a number of channels that no file has, or another than the arrays'.
     """
-    if not isinstance(image, dict):
-        array = np.asarray(image, dtype=np.uint8)
-        if array.shape[0] != num_channels and array.shape[-1] == num_channels:
-            array = array.transpose(2, 0, 1)
-        if array.shape[0] != num_channels:
-            raise ValueError(f"the model takes {num_channels} channels, the data set holds arrays {array.shape}")
-        return np.ascontiguousarray(array)
-    if num_channels not in PILLOW_MODES:
-        raise ValueError(f"an image file has 1, 3 or 4 channels, the model takes {num_channels}; use an array column")
-    name = image["path"] or "without a file name"
-    try:
-        with PillowImage.open(io.BytesIO(content or image_content(image))) as file:
-            if file.mode[0] in "IF":
-                raise BrokenImageError(name, "not 8 bits", f"has Pillow's mode {file.mode}, and not 8 bits a channel")
-            pixels = np.array(ImageOps.exif_transpose(file).convert(PILLOW_MODES[num_channels]))
-    except BrokenImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise BrokenImageError(name, "no image", "cannot be decoded: no image file") from error
-    except PillowImage.DecompressionBombError as error:
-        raise BrokenImageError(name, "too large", f"is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # as Pillow's readers do
-        raise BrokenImageError(name, "damaged", f"cannot be decoded: {error}") from error
-    return pixels.reshape(*pixels.shape[:2], num_channels).transpose(2, 0, 1)
+
+    def __init__(self, image: dict | list | np.ndarray, num_channels: int, content: bytes | None = None):
+        self.num_channels = num_channels
+        self.content = image_content(image) if content is None else content
+        if not isinstance(image, dict):
+            self._pixels = _channels_first(np.asarray(image, dtype=np.uint8), num_channels)
+            self.height, self.width = self._pixels.shape[1:]
+            return
+        if num_channels not in PILLOW_MODES:
+            raise ValueError(
+                f"an image file has 1, 3 or 4 channels, the model takes {num_channels}; use an array column"
+            )
+        self._pixels = None
+        self.name = image["path"] or "without a file name"
+        with self._named_errors():
+            self._file = PillowImage.open(io.BytesIO(self.content))
+            if self._file.mode[0] in "IF":
+                reason = f"has Pillow's mode {self._file.mode}, and not 8 bits a channel"
+                raise BrokenImageError(self.name, "not 8 bits", reason)
+            is_on_its_side = self._file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            self.width, self.height = self._file.size[::-1] if is_on_its_side else self._file.size
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """The pixels (num_channels, height, width) in uint8; once, for an image of a file.
+
+        JPEGs are decoded to `reduction` (1, 2, 4 or 8) times fewer pixels a side, rounded up, which is faster the
+        fewer they are. Nothing else can be, and keeps its size.
+        """
+        if self._pixels is not None:
+            return self._pixels
+        with self._named_errors(), self._file as file:
+            if reduction > 1:
+                file.draft(None, tuple(side // reduction for side in file.size))
+            ImageOps.exif_transpose(file, in_place=True)
+            mode = PILLOW_MODES[self.num_channels]
+            pixels = np.array(file if file.mode == mode else file.convert(mode))
+        return pixels.reshape(*pixels.shape[:2], self.num_channels).transpose(2, 0, 1)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """What Pillow's readers raise becomes a `BrokenImageError`."""
+        try:
+            yield
+        except BrokenImageError:
+            raise
+        except UnidentifiedImageError as error:
+            raise BrokenImageError(self.name, "no image", "cannot be decoded: no image file") from error
+        except PillowImage.DecompressionBombError as error:
+            raise BrokenImageError(self.name, "too large", f"is too large: {error}") from error
+        except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error) as error:
+            raise BrokenImageError(self.name, "damaged", f"cannot be decoded: {error}") from error
+
+
+def _channels_first(array: np.ndarray, num_channels: int) -> np.ndarray:
+    if array.shape[0] != num_channels and array.shape[-1] == num_channels:
+        array = array.transpose(2, 0, 1)
+    if array.shape[0] != num_channels:
+        raise ValueError(f"the model takes {num_channels} channels, the data set holds arrays {array.shape}")
+    return np.ascontiguousarray(array)
+
+
+def decode_image(image: dict | list | np.ndarray, num_channels: int) -> np.ndarray:
+    """The pixels (num_channels, height, width) in uint8 of what a row of `load_images` holds in `image`.
+
+    Raises:
+        BrokenImageError, ValueError: see `EncodedImage`.
+    """
+    return EncodedImage(image, num_channels).decode()

@@ -11,6 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from evaluation.images import EncodedImage
 from training import augmentation
 from training.augmentation import AugmentationArguments, MultiCrop, Photometrics
 
@@ -211,12 +212,13 @@ RADII = [0.1, 0.25, 0.5, 0.8, 1.0, 1.3, 1.6, 1.9, 2.0]
 BLUR_TOLERANCE = 3 * GRAY_LEVEL
 
 
+@pytest.mark.parametrize("blur", [augmentation.blur_by_shifts, augmentation.blur_by_matrices])
 @pytest.mark.parametrize("size", [16, 96])
-def test_blur_equals_that_of_pillow(size):
+def test_blur_equals_that_of_pillow(size, blur):
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3)).astype(np.uint8)
     for picture in (smooth_image(0, size, size), noise):
         batch = to_tensor(*[picture] * len(RADII)).float() / 255
-        blurred = augmentation.gaussian_blur(batch, torch.tensor(RADII), max_radius=2.0)
+        blurred = blur(batch, augmentation.box_weights(torch.tensor(RADII), max_radius=2.0))
         pillow = [np.array(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius))) for radius in RADII]
         torch.testing.assert_close(blurred, to_tensor(*pillow).float() / 255, atol=BLUR_TOLERANCE, rtol=0)
         assert (blurred[-1] - batch[-1]).abs().max() > 0.2
@@ -356,7 +358,7 @@ def picture() -> np.ndarray:
 def test_crops_have_the_sizes_and_number_of_the_settings(global_size, local_size, num_local, num_channels):
     args = AugmentationArguments(global_crop_size=global_size, local_crop_size=local_size, num_local_crops=num_local)
     image = smooth_image(0, 50, 70, num_channels).transpose(2, 0, 1).copy()
-    crops, drawn = MultiCrop(args, 0)(image, b"content", 0)
+    crops, drawn = MultiCrop(args, 0)(EncodedImage(image, num_channels, b"content"), 0)
     sizes = [global_size] * 2 + [local_size] * num_local
     assert [tuple(crop.shape) for crop in crops] == [(num_channels, size, size) for size in sizes]
     assert all(crop.dtype == torch.uint8 for crop in crops)
@@ -367,7 +369,7 @@ def test_crops_have_the_sizes_and_number_of_the_settings(global_size, local_size
 def test_pixels_of_crops_equal_those_of_pillow(picture, monkeypatch):
     boxes = np.array([[0, 0, 60, 80], [5, 11, 40, 44], [30, 2, 13, 9], [59, 79, 1, 1], [7, 0, 50, 40]])
     monkeypatch.setattr(augmentation, "draw_boxes", lambda *_: boxes)
-    crops, _ = MultiCrop(small_args(), 0)(picture.transpose(2, 0, 1).copy(), b"content", 0)
+    crops, _ = MultiCrop(small_args(), 0)(EncodedImage(picture, 3), 0)
     for crop, box in zip(crops, boxes.tolist()):
         size = list(crop.shape[1:])
         expected = F.resized_crop(Image.fromarray(picture), *box, size, InterpolationMode.BICUBIC)
@@ -384,21 +386,21 @@ def equal_draws(one, other) -> bool:
 
 
 def test_crops_of_an_epoch_are_always_the_same(picture):
-    image, content = picture.transpose(2, 0, 1).copy(), png(picture)
+    image = {"bytes": png(picture), "path": None}
     one = MultiCrop(small_args(), seed=3)
-    first = one(image, content, 2)
-    one(image, b"something else", 2)
+    first = one(EncodedImage(image, 3), 2)
+    one(EncodedImage(picture, 3, b"something else"), 2)
     np.random.seed(1)
     torch.manual_seed(1)
-    for again in (one(image, content, 2), MultiCrop(small_args(), seed=3)(image, content, 2)):
+    for multi_crop in (one, MultiCrop(small_args(), seed=3)):
+        again = multi_crop(EncodedImage(image, 3), 2)
         assert equal_crops(first, again) and equal_draws(first, again)
 
 
 @pytest.mark.parametrize("seed, epoch, content", [(4, 2, b"a"), (3, 1, b"a"), (3, 2, b"b")])
 def test_another_seed_epoch_or_image_gives_other_crops(picture, seed, epoch, content):
-    image = picture.transpose(2, 0, 1).copy()
-    first = MultiCrop(small_args(), seed=3)(image, b"a", 2)
-    other = MultiCrop(small_args(), seed=seed)(image, content, epoch)
+    first = MultiCrop(small_args(), seed=3)(EncodedImage(picture, 3, b"a"), 2)
+    other = MultiCrop(small_args(), seed=seed)(EncodedImage(picture, 3, content), epoch)
     assert not any(torch.equal(a, b) for a, b in zip(first[0], other[0]))
     assert not np.isclose(first[1].factors, other[1].factors).any()
 
@@ -417,7 +419,7 @@ def test_settings_of_photometrics_are_honoured(picture):
         "solarize_probability": [1.0, 0.0, 1.0],
     }
     multi_crop = MultiCrop(small_args(**settings), 0)
-    drawn = [multi_crop(picture.transpose(2, 0, 1).copy(), bytes([i]), 0)[1] for i in range(40)]
+    drawn = [multi_crop(EncodedImage(picture, 3, bytes([i])), 0)[1] for i in range(40)]
     drawn = Photometrics(*(np.stack(field) for field in zip(*drawn)))
     assert not drawn.flip.any() and drawn.jitter.all() and drawn.grayscale.all()
     assert (drawn.factors[..., 0] == 1).all() and np.abs(drawn.factors[..., 1] - 1).max() <= 0.0101

@@ -304,11 +304,10 @@ def test_file_of_any_mode_gets_the_channels_of_the_model(mode, num_channels, tar
 
 def test_file_is_read_from_its_path_or_from_bytes_at_hand(tmp_path):
     (tmp_path / "image.png").write_bytes(encoded(numbered_picture(3)))
-    image = {"bytes": None, "path": str(tmp_path / "image.png")}
-    np.testing.assert_array_equal(decode_image(image, 3), numbered_picture(3).transpose(2, 0, 1))
-    (tmp_path / "image.png").unlink()
-    pixels = decode_image(image, 3, content=encoded(numbered_picture(4)))
-    np.testing.assert_array_equal(pixels, numbered_picture(4).transpose(2, 0, 1))
+    from_path = decode_image({"bytes": None, "path": str(tmp_path / "image.png")}, 3)
+    np.testing.assert_array_equal(from_path, numbered_picture(3).transpose(2, 0, 1))
+    at_hand = {"bytes": encoded(numbered_picture(4)), "path": str(tmp_path / "image.png")}
+    np.testing.assert_array_equal(decode_image(at_hand, 3), numbered_picture(4).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(

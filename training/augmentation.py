@@ -16,10 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from evaluation.images import EncodedImage
 
 
 NUM_GLOBAL_CROPS = 2
@@ -144,13 +147,20 @@ def draw_boxes(rng: np.random.Generator, height: int, width: int, scale: np.ndar
     return np.stack([tops, lefts, heights, widths], axis=1)
 
 
+def reduce_boxes(boxes: np.ndarray, reduction: int, height: int, width: int) -> np.ndarray:
+    """Boxes for the same image at `reduction` times fewer pixels a side, which is (height, width)."""
+    tops, lefts, heights, widths = np.rint(boxes / reduction).astype(int).T
+    return np.stack([np.minimum(tops, height - heights), np.minimum(lefts, width - widths), heights, widths], axis=1)
+
+
 class MultiCrop:
-    """The worker's half: an image's bytes and pixels in, uint8 crops and the draws for their colours out."""
+    """The worker's half: an encoded image in, uint8 crops and the draws for their colours out."""
 
     def __init__(self, args: AugmentationArguments, seed: int):
         self.args = args
         self.seed = seed
         num_local = args.num_local_crops
+        self.sizes = [args.global_crop_size] * NUM_GLOBAL_CROPS + [args.local_crop_size] * num_local
         self.scale = np.array([args.global_crops_scale] * NUM_GLOBAL_CROPS + [args.local_crops_scale] * num_local)
         self.blur_probability = self._per_crop(args.blur_probability)
         self.solarize_probability = self._per_crop(args.solarize_probability)
@@ -176,23 +186,22 @@ class MultiCrop:
             solarize=rng.random(num_crops) < self.solarize_probability,
         )
 
-    def __call__(self, image: np.ndarray, content: bytes, epoch: int) -> tuple[list[torch.Tensor], Photometrics]:
-        """Crops of one image.
+    def __call__(self, image: EncodedImage, epoch: int) -> tuple[list[torch.Tensor], Photometrics]:
+        """Crops of one image; others in every epoch. Large JPEGs are decoded only as large as the crops need them.
 
-        Args:
-            image: (channels, height, width) uint8.
-            content: Bytes that tell this image from others, e.g. the encoded file.
-            epoch: The same image is cropped differently in every epoch.
+        Raises:
+            BrokenImageError: an image that cannot be decoded.
         """
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(content)])
-        boxes, photometrics = self.draw(rng, *image.shape[1:])
-        pixels = torch.from_numpy(image)
-        sizes = [self.args.global_crop_size] * NUM_GLOBAL_CROPS + [
-            self.args.local_crop_size
-        ] * self.args.num_local_crops
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(image.content)])
+        boxes, photometrics = self.draw(rng, image.height, image.width)
+        spare = (boxes[:, 2:].min(1) / self.sizes).min()  # pixels that every crop has, for one that it needs
+        reduction = max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(spare, 1))
+        pixels = torch.from_numpy(image.decode(reduction))
+        if pixels.shape[1] < image.height:
+            boxes = reduce_boxes(boxes, reduction, *pixels.shape[1:])
         crops = [
             F.resized_crop(pixels, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
-            for box, size in zip(boxes.tolist(), sizes)
+            for box, size in zip(boxes.tolist(), self.sizes)
         ]
         return crops, photometrics
 
@@ -217,65 +226,98 @@ def luma(images: torch.Tensor) -> torch.Tensor:
     """Brightness (images, 1, height, width) as Pillow has it for RGB; the mean of the channels for anything else."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
-    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (images * factor).clamp(0, 1)
+    return (images * factor).clamp_(0, 1)
 
 
 def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return luma(images).mean((2, 3), keepdim=True).lerp(images, factor).clamp(0, 1)
+    return luma(images).mean((2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return luma(images).lerp(images, factor).clamp(0, 1)
+    return luma(images).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Turns the hue of RGB `images` in HSV space; value and saturation stay.
 
-    With hue h in sixths of a turn, value v and chroma c, a channel is v - c * clamp(min(k, 4 - k), 0, 1) where
-    k = (n + h) mod 6 and n is 5, 3, 1 for red, green, blue.
+    With hue h in sixths of a turn, value v (the largest channel) and chroma c, a channel is
+    v - c * clamp(min(k, 4 - k), 0, 1) where k = (n + h) mod 6 and n is 5, 3, 1 for red, green, blue. That is
+    v - c + c * clamp(|k - 2| - 1, 0, 1), and v - c is the smallest channel.
     """
-    red, green, blue = images.unbind(1)
-    value, argmax = images.max(1)
-    chroma = value - images.amin(1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sixths = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], 1)
-    hue = sixths.gather(1, argmax.unsqueeze(1)) + 6 * turns  # (images, 1, height, width)
-    k = (hue + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+    red, green, blue = images.split(1, dim=1)
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
+    chroma = largest - smallest
+    # chroma * h, where red, green, or blue is the largest; a grey pixel has no chroma, and any hue will do
+    hue = torch.where(
+        largest == red,
+        green - blue,
+        torch.where(largest == green, torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)),
+    )
+    hue = hue.div_((6 * chroma).clamp_(min=1e-8)).add_(turns + 1)  # in turns, and positive
+    turned = torch.empty_like(images)
+    for channel, n in zip(turned.split(1, dim=1), (5, 3, 1)):
+        share = (hue + n / 6).frac_().sub_(2 / 6).abs_().mul_(6).sub_(1).clamp_(0, 1)
+        torch.addcmul(smallest, share, chroma, out=channel)
+    return turned
 
 
 def to_grayscale(images: torch.Tensor) -> torch.Tensor:
-    return luma(images).expand_as(images)
+    return luma(images).repeat(1, images.shape[1], 1, 1)
 
 
-def blur_matrices(radius: torch.Tensor, max_radius: float, size: int) -> torch.Tensor:
-    """Matrices (images, size, size) that blur a row of `size` pixels as Pillow's `GaussianBlur(radius)` does.
+def box_weights(radius: torch.Tensor, max_radius: float) -> list[torch.Tensor]:
+    """Weights (images,) at distance 0, 1, ... of the box filter that Pillow's `GaussianBlur(radius)` runs three times.
 
-    Pillow runs a box filter three times. Its radius r gives the Gaussian's variance and is below `radius`, its weight
-    at distance d is clamp(r + 1 - d, 0, 1) / (2 r + 1), and pixels beyond the border repeat the border's.
+    Its radius r, below `radius`, gives three of them the Gaussian's variance; it weighs distance d by
+    clamp(r + 1 - d, 0, 1) / (2 r + 1).
     """
     variance = radius.double() ** 2 / 3
     whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    box_radius = (whole + part).float().view(-1, 1, 1)
-    reach = math.ceil(max_radius)
+    box_radius = (whole + part).float()
+    return [(box_radius + 1 - d).clamp(0, 1) / (2 * box_radius + 1) for d in range(math.ceil(max_radius) + 1)]
 
-    pixels = torch.arange(size, device=radius.device)
-    sources = torch.arange(-reach, size + reach, device=radius.device)
-    distance = (pixels[:, None] - sources).abs()
-    weights = (box_radius + 1 - distance).clamp(0, 1) / (2 * box_radius + 1)
-    box = weights.new_zeros(len(radius), size, size).index_add_(2, sources.clamp(0, size - 1), weights)
-    return box @ box @ box
+
+def blur_by_shifts(images: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """Three box filters along either side of the images, as sums of shifted images."""
+    weights = [weight.view(-1, 1, 1, 1) for weight in weights]
+    reach = len(weights) - 1
+    for dim, padding in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
+        size = images.shape[dim]
+        for _ in range(3):
+            padded = pad(images, padding, mode="replicate")
+            images = padded.narrow(dim, reach, size) * weights[0]
+            for d in range(1, reach + 1):
+                both_sides = padded.narrow(dim, reach - d, size) + padded.narrow(dim, reach + d, size)
+                images.addcmul_(both_sides, weights[d])
+    return images
+
+
+def blur_by_matrices(images: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """The same of square images, as products with a matrix (size, size) for each of them."""
+    size, reach = images.shape[-1], len(weights) - 1
+    pixels = torch.arange(size, device=images.device)
+    sources = torch.arange(-reach, size + reach, device=images.device)
+    distance = (pixels[:, None] - sources).abs().clamp(max=reach + 1)
+    taps = torch.stack([*weights, torch.zeros_like(weights[0])], 1)[:, distance]  # (images, size, size + 2 * reach)
+    box = taps.new_zeros(len(images), size, size).index_add_(2, sources.clamp(0, size - 1), taps)
+    matrices = (box @ box @ box).unsqueeze(1)
+    return matrices @ images @ matrices.mT
 
 
 def gaussian_blur(images: torch.Tensor, radius: torch.Tensor, max_radius: float) -> torch.Tensor:
-    """Pillow's Gaussian blur of square images, each by its own radius (images,), none above `max_radius`."""
-    matrices = blur_matrices(radius, max_radius, images.shape[-1]).unsqueeze(1)
-    return matrices @ images @ matrices.mT
+    """Pillow's Gaussian blur of square images, each by its own radius (images,), none above `max_radius`.
+
+    Pixels beyond the border repeat the border's, before each of the three box filters.
+    """
+    blur = blur_by_shifts if images.device.type == "cpu" else blur_by_matrices  # what either is fast at
+    return blur(images, box_weights(radius, max_radius))
 
 
 def solarize(images: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -288,26 +330,47 @@ def apply_photometrics(crops: torch.Tensor, drawn: Photometrics, args: Augmentat
     Each operation touches only the crops that it was drawn for. Which those are is known on the host, where `drawn`
     stays, so the device never has to be waited for. Hue, saturation and grayscale are skipped unless `crops` are RGB.
     """
-    images = crops.float().div_(255)
-    device, is_rgb = images.device, images.shape[1] == 3
+    # a CPU gets as many at once as stay in its cache
+    at_once = max(1, 2**18 // crops[0].numel()) if crops.device.type == "cpu" else len(crops)
+    mean, std = (
+        torch.tensor(value).view(-1, 1, 1).to(crops.device, non_blocking=True)
+        for value in (args.image_mean, args.image_std)
+    )
+    changed = torch.empty(crops.shape, device=crops.device)
+    for first in range(0, len(crops), at_once):
+        part = slice(first, first + at_once)
+        colours = _change_colours(crops[part].float().div_(255), Photometrics(*(field[part] for field in drawn)), args)
+        torch.sub(colours, mean, out=changed[part]).div_(std)
+    return changed
 
-    def change(chosen: torch.Tensor, operation, *parameters: torch.Tensor) -> None:
-        rows = chosen.nonzero().squeeze(1)
-        if len(rows):
-            on_device = rows.to(device, non_blocking=True)
-            selected = [parameter[rows].to(device, non_blocking=True) for parameter in parameters]
-            images[on_device] = operation(images[on_device], *selected)
+
+def _change_colours(images: torch.Tensor, drawn: Photometrics, args: AugmentationArguments) -> torch.Tensor:
+    """What `drawn` says, of images in [0, 1]; may change `images` itself."""
+    is_rgb = images.shape[1] == 3
+    drawn = Photometrics(*(field.numpy() for field in drawn))
+
+    def change(chosen: np.ndarray, operation, *parameters: np.ndarray) -> None:
+        nonlocal images
+        rows = chosen.nonzero()[0]
+        if not len(rows):
+            return
+        selected = [torch.from_numpy(parameter[rows]).to(images.device, non_blocking=True) for parameter in parameters]
+        if len(rows) == len(images):
+            images = operation(images, *selected)
+        else:
+            rows = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            images[rows] = operation(images[rows], *selected)
 
     change(drawn.flip, lambda x: x.flip(-1))
     jitters = [(BRIGHTNESS, adjust_brightness), (CONTRAST, adjust_contrast)]
     jitters += [(SATURATION, adjust_saturation), (HUE, adjust_hue)] if is_rgb else []
-    factors = drawn.factors.view(-1, 4, 1, 1, 1)
+    factors = drawn.factors[..., None, None, None]
     for place in range(4):
         for which, operation in jitters:
             change(drawn.jitter & (drawn.order[:, place] == which), operation, factors[:, which])
     if is_rgb:
         change(drawn.grayscale, to_grayscale)
-    change(drawn.blur_radius > 0, lambda x, radius: gaussian_blur(x, radius, args.blur_radius[1]), drawn.blur_radius)
+    largest = drawn.blur_radius.max()
+    change(drawn.blur_radius > 0, lambda x, radius: gaussian_blur(x, radius, largest), drawn.blur_radius)
     change(drawn.solarize, lambda x: solarize(x, args.solarize_threshold / 255))
-    mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in (args.image_mean, args.image_std))
-    return images.sub_(mean).div_(std)
+    return images

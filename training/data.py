@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from evaluation.images import BrokenImageError, decode_image, image_content, is_path, load_images
+from evaluation.images import BrokenImageError, EncodedImage, is_path, load_images
 
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate
@@ -50,11 +50,9 @@ class CropDataset(TorchDataset):
         epoch, image = epoch_and_image
         row = image if isinstance(image, dict) else self.dataset[image]
         try:
-            content = image_content(row["image"])
-            pixels = decode_image(row["image"], self.num_channels, content)
+            return self.multi_crop(EncodedImage(row["image"], self.num_channels), epoch)
         except BrokenImageError as error:
             return error
-        return self.multi_crop(pixels, content, epoch)
 
 
 def collate_what_decodes(samples: list) -> CropBatch:
