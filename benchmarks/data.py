@@ -33,7 +33,7 @@ from torchvision.transforms import InterpolationMode
 
 from evaluation.images import EncodedImage, image_content, load_images
 from training.arguments import TrainingArguments
-from training.augmentation import MultiCrop, apply_photometrics, collate
+from training.augmentation import MultiCrop, collate, finish_crops
 from training.data import CropLoader
 
 
@@ -89,8 +89,8 @@ def settings(**changes) -> TrainingArguments:
 def host_half(contents: list[bytes]) -> Iterator[int]:
     multi_crop = MultiCrop(settings(), seed=0)
     for epoch in itertools.count():
-        for content in contents:
-            multi_crop(EncodedImage({"bytes": content, "path": None}, 3), epoch)
+        for position, content in enumerate(contents):
+            multi_crop(EncodedImage({"bytes": content, "path": None}, 3), epoch, position)
             yield 1
 
 
@@ -101,11 +101,11 @@ def both_halves(contents: list[bytes]) -> Iterator[int]:
         for start in range(0, len(contents) - BATCH_SIZE + 1, BATCH_SIZE):
             batch = collate(
                 [
-                    multi_crop(EncodedImage({"bytes": content, "path": None}, 3), epoch)
-                    for content in contents[start : start + BATCH_SIZE]
+                    multi_crop(EncodedImage({"bytes": contents[position], "path": None}, 3), epoch, position)
+                    for position in range(start, start + BATCH_SIZE)
                 ]
             )
-            [apply_photometrics(crops, drawn, args) for crops, drawn in zip(batch.crops, batch.photometrics)]
+            finish_crops(batch, "cpu", args)
             yield BATCH_SIZE
 
 

@@ -27,6 +27,7 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Array3D, ClassLabel, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PillowImage
 
@@ -68,7 +69,7 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool):
                 f"{dataset_name} is neither a local path nor a data set that the Hub lets you read ({error}); for a "
                 "gated or private one, log in with `hf auth login`"
             ) from error
-        except (ConnectionError, OSError) as error:
+        except (OSError, *CONNECTION_ERRORS_TO_RETRY) as error:
             raise ValueError(f"{dataset_name} is no local path, and the Hub could not be asked: {error}") from error
     if path.is_file():
         if path.suffix not in FILE_BUILDERS:
@@ -183,10 +184,8 @@ class BrokenImageError(ValueError):
         self.name, self.kind = name, kind
 
 
-def image_content(image: dict | list | np.ndarray) -> bytes:
-    """The bytes of an undecoded image: of its file, or of its array."""
-    if not isinstance(image, dict):
-        return np.asarray(image, dtype=np.uint8).tobytes()
+def image_content(image: dict) -> bytes:
+    """The bytes of an image's file."""
     if image["bytes"] is not None:
         return image["bytes"]
     try:
@@ -204,20 +203,17 @@ class EncodedImage:
     Args:
         image: What a row of `load_images` holds in `image`.
         num_channels: Channels that the model takes.
-        content: What tells this image from others. Default: the bytes of its file or array.
 
     Attributes:
         height, width: In pixels, upright.
-        content: See above.
 
     Raises:
         BrokenImageError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
         ValueError: a number of channels that no file has, or another than the arrays'.
     """
 
-    def __init__(self, image: dict | list | np.ndarray, num_channels: int, content: bytes | None = None):
+    def __init__(self, image: dict | list | np.ndarray, num_channels: int):
         self.num_channels = num_channels
-        self.content = image_content(image) if content is None else content
         if not isinstance(image, dict):
             self._pixels = _channels_first(np.asarray(image, dtype=np.uint8), num_channels)
             self.height, self.width = self._pixels.shape[1:]
@@ -229,7 +225,7 @@ class EncodedImage:
         self._pixels = None
         self.name = image["path"] or "without a file name"
         with self._named_errors():
-            self._file = PillowImage.open(io.BytesIO(self.content))
+            self._file = PillowImage.open(io.BytesIO(image_content(image)))
             if self._file.mode[0] in "IF":
                 reason = f"has Pillow's mode {self._file.mode}, and not 8 bits a channel"
                 raise BrokenImageError(self.name, "not 8 bits", reason)

@@ -42,9 +42,15 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # ImportError: an extra that is missing
         if debug:
             raise
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-        message = str(cause)
-        if "Original Traceback" in message:  # what a loader's worker makes of the error; its last line is the error
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks and, of one from a loader's worker, without the traceback in it."""
+    if isinstance(error, StrictDataclassError) and error.__cause__:
+        error = error.__cause__
+    message = str(error)
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split()) or type(error).__name__

@@ -394,7 +394,6 @@ def test_array_column_becomes_channels_first(tmp_path, axes, streaming):
     stored.to_parquet(tmp_path / "images.parquet")
     rows = list(load_images(str(tmp_path / "images.parquet"), streaming=streaming))
     np.testing.assert_array_equal([decode_image(row["image"], 5) for row in rows], FIVE_CHANNELS)
-    assert image_content(rows[0]["image"]) != image_content(rows[1]["image"])
     with pytest.raises(ValueError, match="takes 3 channels"):
         decode_image(rows[0]["image"], 3)
 

@@ -157,12 +157,13 @@ def test_first_crops_are_drawn_as_the_networks_see_them(run):
         assert picture.size == (2 * 16 + 2 * 8 + 3 * 4, 8 * 20 - 4)
         pixels = np.array(picture)
     assert (pixels[:, 16:20] == 255).all()  # a gap
-    assert pixels[:16, :16].std() > 10 and pixels[-16:, 20:36].std() > 10
+    for left in (0, 20):  # a picture may be flat; all are not
+        assert np.median([pixels[top : top + 16, left : left + 16].std() for top in range(0, 160, 20)]) > 10
 
 
 def test_waiting_for_data_is_a_share_of_the_time(run):
     shares = [line["data_wait"] for line in metrics(run[0]) if "data_wait" in line]
-    assert len(shares) == 10 and all(0 < share < 1 for share in shares)
+    assert len(shares) == 10 and all(0 <= share < 1 for share in shares) and max(shares) > 0
 
 
 def test_curves_are_drawn(run):
@@ -300,8 +301,9 @@ def test_broken_images_are_counted_and_listed_and_too_many_stop_the_run(recipe, 
 def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run, recipe, parquet_folder, tmp_path):
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
     trained(*argv, ACCELERATE_MIXED_PRECISION="bf16")
-    assert losses(tmp_path) == pytest.approx(losses(run[0]), rel=0.03)
-    assert losses(tmp_path) != losses(run[0])
+    difference = np.abs(np.array(losses(tmp_path)) / losses(run[0]) - 1)
+    assert 0 < difference[0] < 0.005  # the same weights and images
+    assert difference.mean() < 0.02  # trained on their own, and ten steps are far at this learning rate
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "model.safetensors").values())
 
 

@@ -49,7 +49,7 @@ def test_adamw_trajectory_is_the_originals(monkeypatch):
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
     # the recorded crops are normalised already
-    monkeypatch.setattr(train_module, "apply_photometrics", lambda crops, drawn, args: crops)
+    monkeypatch.setattr(train_module, "finish_crops", lambda batch, device, args: batch.crops)
 
     for step in range(num_steps):
         now = schedule(step)

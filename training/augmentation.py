@@ -2,7 +2,7 @@
 
 A worker cuts the crops of an image out as uint8 and draws everything random about them (`MultiCrop`); the training
 process then changes the colours of a whole batch at once, on its device (`apply_photometrics`). All draws of an image
-come from a generator that is seeded by the run's seed, the epoch and the image's own bytes, so neither workers nor
+come from a generator that is seeded by the run's seed, the epoch and the image's place in it, so neither workers nor
 processes nor a resume can change them.
 
 Distributions are those of `DataAugmentationDINO` in the original's `main_dino.py`: blur in all of the first global
@@ -10,9 +10,8 @@ crops, a tenth of the second and half of the local ones; solarisation in a fifth
 """
 
 import math
-import zlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +68,10 @@ class AugmentationArguments:
     image_std: list[float] = HfArg(
         default_factory=lambda: list(IMAGENET_DEFAULT_STD), help="Standard deviation of each channel, of 1."
     )
+    augmentation_device: Literal["device", "host"] = HfArg(
+        default="device",
+        help="Where flips, colours and blur are done: on the device that trains, or by the workers on the host.",
+    )
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -92,6 +95,8 @@ class AugmentationArguments:
         for name in ("global_crop_size", "local_crop_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.augmentation_device not in ("device", "host"):
+            raise ValueError(f"augmentation_device must be device or host, got {self.augmentation_device}")
         if self.num_local_crops < 0:
             raise ValueError(f"num_local_crops must be at least 0, got {self.num_local_crops}")
         if not all(std > 0 for std in self.image_std):
@@ -118,7 +123,7 @@ class CropBatch(NamedTuple):
     """Crops of a batch, crop-major: all images of the first crop, then all of the second, ..."""
 
     crops: list[torch.Tensor]  # one a resolution, uint8 (crops * batch, channels, size, size)
-    photometrics: list[Photometrics]  # one a resolution
+    photometrics: list[Photometrics] | None  # one a resolution; None when `crops` are finished, and so normalised fp32
     skipped: list[dict[str, str]] = []  # images that were broken: name, kind and reason
 
 
@@ -186,13 +191,13 @@ class MultiCrop:
             solarize=rng.random(num_crops) < self.solarize_probability,
         )
 
-    def __call__(self, image: EncodedImage, epoch: int) -> tuple[list[torch.Tensor], Photometrics]:
-        """Crops of one image; others in every epoch. Large JPEGs are decoded only as large as the crops need them.
+    def __call__(self, image: EncodedImage, epoch: int, position: int) -> tuple[list[torch.Tensor], Photometrics]:
+        """Crops of the image at a position of an epoch. Large JPEGs are decoded only as large as the crops need them.
 
         Raises:
             BrokenImageError: an image that cannot be decoded.
         """
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(image.content)])
+        rng = np.random.default_rng([self.seed, epoch, position])
         boxes, photometrics = self.draw(rng, image.height, image.width)
         spare = (boxes[:, 2:].min(1) / self.sizes).min()  # pixels that every crop has, for one that it needs
         reduction = max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(spare, 1))
@@ -342,6 +347,14 @@ def apply_photometrics(crops: torch.Tensor, drawn: Photometrics, args: Augmentat
         colours = _change_colours(crops[part].float().div_(255), Photometrics(*(field[part] for field in drawn)), args)
         torch.sub(colours, mean, out=changed[part]).div_(std)
     return changed
+
+
+def finish_crops(batch: CropBatch, device: torch.device | str, args: AugmentationArguments) -> list[torch.Tensor]:
+    """What the networks see: normalised fp32 crops on `device`, (crops * batch, channels, size, size) a resolution."""
+    on_device = [crops.to(device, non_blocking=True) for crops in batch.crops]
+    if batch.photometrics is None:
+        return on_device
+    return [apply_photometrics(crops, drawn, args) for crops, drawn in zip(on_device, batch.photometrics)]
 
 
 def _change_colours(images: torch.Tensor, drawn: Photometrics, args: AugmentationArguments) -> torch.Tensor:

@@ -8,34 +8,51 @@ Map-style data is in a new random order every epoch. Streams are read by one thr
 that are shuffled among each other; shards, of local parquet its row groups, change their order every epoch.
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
+from pyarrow import Table
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from evaluation.images import BrokenImageError, EncodedImage, is_path, load_images
+from modeling_dino.command_line import one_line
 
 from .arguments import TrainingArguments
-from .augmentation import CropBatch, MultiCrop, collate
+from .augmentation import CropBatch, MultiCrop, collate, finish_crops
 
 
 SHUFFLE_WINDOW = 1024  # images of a stream that are shuffled among each other
 READ_AHEAD = 4  # batches of a stream that are read before they are needed
+NETWORK_ERRORS = (OSError, *CONNECTION_ERRORS_TO_RETRY)
+
+logger = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
     """This process's images of a step: indices of map-style data, or rows of a stream."""
 
     epoch: int
+    positions: list[int]  # in the epoch
     images: list[int] | list[dict]
     state: dict  # from which the next step goes on
+
+
+class DataError(ValueError):
+    """Why there is no next batch."""
 
 
 class CropDataset(TorchDataset):
@@ -46,24 +63,31 @@ class CropDataset(TorchDataset):
         self.multi_crop = multi_crop
         self.num_channels = num_channels
 
-    def __getitem__(self, epoch_and_image: tuple[int, int | dict]):
-        epoch, image = epoch_and_image
+    def __getitem__(self, epoch_position_image: tuple[int, int, int | dict]):
+        epoch, position, image = epoch_position_image
         row = image if isinstance(image, dict) else self.dataset[image]
         try:
-            return self.multi_crop(EncodedImage(row["image"], self.num_channels), epoch)
+            return self.multi_crop(EncodedImage(row["image"], self.num_channels), epoch, position)
         except BrokenImageError as error:
             return error
 
 
-def collate_what_decodes(samples: list) -> CropBatch:
+def collate_what_decodes(samples: list, args: TrainingArguments) -> CropBatch:
     """A batch in which every broken image has been replaced by the next one of the batch that is whole.
 
     Raises:
         ValueError: if none of them is.
     """
+    skipped = replace_broken_(samples)
+    batch = collate(samples)._replace(skipped=skipped)
+    if args.augmentation_device == "host":
+        return batch._replace(crops=finish_crops(batch, "cpu", args), photometrics=None)
+    return batch
+
+
+def replace_broken_(samples: list) -> list[dict[str, str]]:
+    """Puts the next whole sample in the place of each that is broken; returns what was wrong with these."""
     whole = [sample for sample in samples if not isinstance(sample, BrokenImageError)]
-    if len(whole) == len(samples):
-        return collate(samples)
     if not whole:
         raise ValueError(f"none of the {len(samples)} images of a batch can be decoded; the first: {samples[0]}")
     skipped, following = [], whole[0]
@@ -72,20 +96,80 @@ def collate_what_decodes(samples: list) -> CropBatch:
             error, samples[place] = samples[place], following
             skipped.insert(0, {"image": error.name, "kind": error.kind, "reason": str(error)})
         following = samples[place]
-    return collate(samples)._replace(skipped=skipped)
+    return skipped
 
 
-def read_ahead(items: Iterator, depth: int) -> Iterator:
-    """The same items, of an endless iterator, read by a thread up to `depth` of them before they are asked for."""
-    pool = ThreadPoolExecutor(1)
+def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
+    """The same items, of an endless iterator, read by a thread up to `depth` of them before they are asked for.
+
+    Raises:
+        TimeoutError: when one does not come within `timeout` seconds.
+    """
+    wanted, found = SimpleQueue(), SimpleQueue()
+
+    def read() -> None:
+        while wanted.get():
+            try:
+                found.put((next(items), None))
+            except Exception as error:  # is raised where the item is asked for
+                found.put((None, error))
+
+    # the process ends without waiting for it, whatever it waits for
+    Thread(target=read, daemon=True).start()
     try:
-        ahead = deque(pool.submit(next, items) for _ in range(depth))
+        for _ in range(depth):
+            wanted.put(True)
         while True:
-            item = ahead.popleft().result()
-            ahead.append(pool.submit(next, items))
+            try:
+                item, error = found.get(timeout=timeout)
+            except Empty:
+                raise TimeoutError from None
+            if error is not None:
+                raise error
+            wanted.put(True)
             yield item
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        wanted.put(False)
+
+
+def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDataset, int | None]:
+    """The images of all data sets that are trained on, mixed, and how many an epoch has, where that is known.
+
+    By `mix_weights`, an epoch lasts until every image has been seen, and those of small data sets come several times.
+    """
+    parts, lengths = [], []
+    for name in (args.dataset_name, *args.mix_with):
+        config_name, column = (
+            (args.dataset_config_name, args.image_column) if name == args.dataset_name else (None, None)
+        )
+        part = load_images(name, config_name, args.train_split, column, None, args.streaming).select_columns("image")
+        if isinstance(part, Dataset):
+            lengths.append(len(part))
+        else:
+            known = (part.info.splits or {}).get(args.train_split)
+            lengths.append(known.num_examples if known else None)
+            if is_path(name):
+                # row groups of parquet then change their order, not only files; on the Hub each costs requests
+                part = part.reshard()
+        parts.append(part)
+        if part.features != parts[0].features:
+            raise ValueError(
+                f"images of {name} and {args.dataset_name} are stored differently: {part.features['image']} and "
+                f"{parts[0].features['image']}"
+            )
+    if len(parts) == 1:
+        return parts[0], lengths[0]
+    if not args.mix_weights and None in lengths:
+        raise ValueError("how many images these streams have is not known; to mix them, give --mix_weights")
+    mixed = interleave_datasets(
+        parts,
+        probabilities=(np.array(args.mix_weights or lengths) / sum(args.mix_weights or lengths)).tolist(),
+        seed=args.seed,
+        stopping_strategy="all_exhausted" if args.mix_weights else "all_exhausted_without_replacement",
+    )
+    if isinstance(mixed, Dataset):
+        return mixed, len(mixed)
+    return mixed, None if args.mix_weights else sum(lengths)
 
 
 class CropLoader:
@@ -94,36 +178,46 @@ class CropLoader:
     def __init__(self, args: TrainingArguments, num_channels: int):
         self.args = args
         self.num_channels = num_channels
-        self.dataset = load_images(
-            args.dataset_name, args.dataset_config_name, args.train_split, args.image_column, None, args.streaming
-        ).select_columns("image")
+        self.dataset, num_images = load_training_images(args)
         self.is_map_style = isinstance(self.dataset, Dataset)
-        if self.is_map_style:
-            self.num_images = len(self.dataset)
-        else:
-            known = (self.dataset.info.splits or {}).get(args.train_split)
-            if is_path(args.dataset_name):
-                # row groups of parquet then change their order, not only files; on the Hub each costs requests
-                self.dataset = self.dataset.reshard()
-            self.num_images = args.num_examples or (known.num_examples if known else None)
+        self.num_images = num_images if self.is_map_style else args.num_examples or num_images
         process, batch_size = PartialState(), args.per_device_train_batch_size
         self.global_batch_size = batch_size * process.num_processes
         self.slice = slice(batch_size * process.process_index, batch_size * (process.process_index + 1))
         self.state = {"epoch": 0, "position": 0, "window": None}
+        self.is_remote = not all(map(is_path, (args.dataset_name, *args.mix_with)))
+        self.trouble = None  # what the network last failed with
+        self.waited_for_stream = 0.0  # seconds, so far
 
     def batches(self, num_batches: int, state: dict | None = None) -> Iterator[CropBatch]:
-        """The next `num_batches`; from the start, or from where a `state_dict` was taken."""
+        """The next `num_batches`; from the start, or from where a `state_dict` was taken.
+
+        Raises:
+            DataError: on all processes, if one of them cannot get its batch. The state stays that of the last batch.
+        """
         self.state = state or self.state
+        group = None
+        if PartialState().num_processes > 1:
+            patience = timedelta(seconds=self.args.stream_timeout) + dist.default_pg_timeout
+            group = dist.new_group(backend="gloo", timeout=patience)
         images = self._map_style(**self.state) if self.is_map_style else self._stream(**self.state)
         if not self.is_map_style:
-            images = read_ahead(images, READ_AHEAD)
+            images = read_ahead(images, READ_AHEAD, self.args.stream_timeout)
         states = deque()  # of batches that workers are at
 
-        def next_images() -> Iterator[list[tuple[int, int | dict]]]:
+        def next_images() -> Iterator[list[tuple[int, int, int | dict]]]:
             for _ in range(num_batches):
-                step = next(images)
+                asked = time.perf_counter()
+                try:
+                    step = next(images)
+                except TimeoutError:
+                    reason = f" ({self.trouble})" if self.trouble else ""
+                    raise ValueError(
+                        f"no image came from the stream for stream_timeout = {self.args.stream_timeout:g} s{reason}"
+                    ) from None
+                self.waited_for_stream += time.perf_counter() - asked
                 states.append(step.state)
-                yield [(step.epoch, image) for image in step.images]
+                yield [(step.epoch, position, image) for position, image in zip(step.positions, step.images)]
 
         crops = CropDataset(
             self.dataset if self.is_map_style else None, MultiCrop(self.args, self.args.seed), self.num_channels
@@ -131,24 +225,48 @@ class CropLoader:
         loader = DataLoader(
             crops,
             batch_sampler=next_images(),
-            collate_fn=collate_what_decodes,
+            collate_fn=partial(collate_what_decodes, args=self.args),
             num_workers=self.args.num_workers,
             pin_memory=torch.cuda.is_available(),
             # of its own, so that making a loader draws nothing from the generator that drops paths
             generator=torch.Generator(),
         )
-        for batch in loader:
+        loader = iter(loader)
+        for _ in range(num_batches):
+            batch = self._next_on_all(loader, group)
             self.state = states.popleft()
             yield batch
+
+    def _next_on_all(self, batches: Iterator[CropBatch], group: dist.ProcessGroup | None) -> CropBatch:
+        """The next batch. If a process cannot get one, that is an error on all, so that none waits for another.
+
+        They tell each other by way of their processors, so that no device has to be waited for.
+        """
+        batch = reason = cause = None
+        try:
+            batch = next(batches)
+        except Exception as error:  # of a library's reader, or that a worker was killed
+            reason, cause = one_line(error), error
+        if group is not None:
+            failed = torch.tensor(reason is not None, dtype=torch.uint8)
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+            if failed:
+                reasons = [None] * group.size()
+                dist.all_gather_object(reasons, reason, group=group)
+                reason = next(filter(None, reasons))
+        if reason is not None:
+            raise DataError(reason) from cause
+        return batch
 
     def _map_style(self, epoch: int, position: int, window: None) -> Iterator[Images]:
         """The images that do not fill the last global batch of an epoch are left out; which these are changes."""
         while True:
             order = np.random.default_rng([self.args.seed, epoch]).permutation(self.num_images)
             while position + self.global_batch_size <= self.num_images:
-                images = order[position:][self.slice].tolist()
+                positions = list(range(position + self.slice.start, position + self.slice.stop))
+                images = order[positions].tolist()
                 position += self.global_batch_size
-                yield Images(epoch, images, {"epoch": epoch, "position": position, "window": None})
+                yield Images(epoch, positions, images, {"epoch": epoch, "position": position, "window": None})
             epoch, position = epoch + 1, 0
 
     def _stream(self, epoch: int, position: int, window: dict | None) -> Iterator[Images]:
@@ -159,12 +277,8 @@ class CropLoader:
         dataset = self.dataset.with_format("arrow")
         while True:
             dataset.set_epoch(epoch + 1)  # shuffles the shards; the library leaves them in order in epoch 0
-            before, taken, images, filled = None, 0, [], 0
-            if window is not None:
-                before, taken = window["stream"], window["taken"]
-                if before is not None:
-                    dataset.load_state_dict(before)
-            for table in dataset.iter(SHUFFLE_WINDOW):
+            taken, images, filled = window["taken"] if window else 0, [], 0
+            for before, table in self._windows(dataset, window["stream"] if window else None):
                 first = position + filled - taken  # which image of the epoch the window begins with
                 order = np.random.default_rng([self.args.seed, epoch, first]).permutation(len(table))
                 while taken < len(table):
@@ -174,17 +288,40 @@ class CropLoader:
                     images += table.take(mine).to_pylist()
                     filled, taken = filled + len(part), taken + len(part)
                     if filled == self.global_batch_size:
+                        positions = list(range(position + self.slice.start, position + self.slice.stop))
                         position += filled
-                        state = {"stream": before, "taken": taken}
-                        yield Images(epoch, images, {"epoch": epoch, "position": position, "window": state})
+                        state = {"epoch": epoch, "position": position, "window": {"stream": before, "taken": taken}}
+                        yield Images(epoch, positions, images, state)
                         images, filled = [], 0
-                before, taken = dataset.state_dict(), 0
+                taken = 0
             if not position:
                 raise ValueError(
                     f"{self.args.dataset_name} has fewer images than one batch of {self.global_batch_size} for all "
                     "processes"
                 )
             epoch, position, window = epoch + 1, 0, None
+
+    def _windows(self, dataset: IterableDataset, before: dict | None) -> Iterator[tuple[dict | None, Table]]:
+        """Consecutive images from a state of the stream on, each time with the state before them.
+
+        When the network fails for longer than `datasets` tries again by itself, the last window is read anew.
+        """
+        pause = 1
+        while True:
+            if before is not None:
+                dataset.load_state_dict(before)
+            try:
+                for table in dataset.iter(SHUFFLE_WINDOW):
+                    yield before, table
+                    before, pause = dataset.state_dict(), 1
+                return
+            except NETWORK_ERRORS as error:
+                if not self.is_remote:
+                    raise
+                self.trouble = f"{type(error).__name__}: {error}".partition("\n")[0]
+                logger.warning("the stream broke off, %s; reading on in %d s", self.trouble, pause)
+                time.sleep(pause)
+                pause = min(2 * pause, 60)
 
     def state_dict(self) -> dict:
         """Where the last batch that was taken left the data; the same on every process."""

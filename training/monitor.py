@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, apply_photometrics
+from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
 
 
 class Monitor:
@@ -121,13 +121,11 @@ def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) 
     """Draws what the networks see of the first eight images into `crops.png`: a row each, global crops first."""
     batch_size = len(batch.crops[0]) // NUM_GLOBAL_CROPS
     num_images, gap = min(8, batch_size), 4
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.image_mean, args.image_std))
     columns = []
-    for crops, drawn in zip(batch.crops, batch.photometrics):
-        for first in range(0, len(crops), batch_size):  # of the crop-major rows
-            shown = slice(first, first + num_images)
-            seen = apply_photometrics(crops[shown], type(drawn)(*(values[shown] for values in drawn)), args)
-            mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.image_mean, args.image_std))
-            seen = ((seen * std + mean) * 255).round().clamp(0, 255).byte()
+    for crops in finish_crops(batch, "cpu", args):
+        for seen in crops.split(batch_size):  # of the crop-major rows
+            seen = ((seen[:num_images] * std + mean) * 255).round().clamp(0, 255).byte()
             columns.append(seen[:, :3] if seen.shape[1] >= 3 else seen[:, :1].expand(-1, 3, -1, -1))
     widths = [pictures.shape[-1] for pictures in columns]
     row = max(widths) + gap

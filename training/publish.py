@@ -68,19 +68,21 @@ def write_card(
     num_steps: int,
     global_batch_size: int,
     is_resumed: bool,
-    hub_dataset: str | None,
+    hub_datasets: list[str],
 ) -> None:
     """Writes the model card, `README.md`, of what the run knows about itself. No path gets into it."""
     metrics = read_metrics(Path(args.output_dir))
     losses = [line["loss"] for line in metrics if "loss" in line]
-    images = f"[{hub_dataset}](https://huggingface.co/datasets/{hub_dataset})" if hub_dataset else "own images"
+    sources = [f"[{name}](https://huggingface.co/datasets/{name})" for name in hub_datasets]
+    if len(sources) <= len(args.mix_with):
+        sources.append("own images")
     if args.init_from:
         start = "other weights of its owner's" if is_path(args.init_from) else args.init_from
     else:
         start = "" if is_resumed else "random weights"  # a run that goes on does not know
     rows = {
         "network": f"{_describe(backbone)} ({backbone.num_parameters():,} parameters)",
-        "images": images + ("" if num_images is None else f", {num_images:,}"),
+        "images": " and ".join(sources) + ("" if num_images is None else f", {num_images:,}"),
         "training": f"{num_steps:,} steps of {global_batch_size} images",
         "crops": f"2 of {args.global_crop_size} and {args.num_local_crops} of {args.local_crop_size} pixels",
         "head": f"{backbone.config.out_dim:,} prototypes",
@@ -96,7 +98,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["dino", "self-supervised-learning", "vision"],
-        datasets=[hub_dataset] if hub_dataset else None,
+        datasets=hub_datasets or None,
     )
     content = f"""---
 {data.to_yaml()}

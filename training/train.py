@@ -7,7 +7,6 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from modeling_dino.configuration_dino import VIT_FIELDS
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .arguments import CONFIGS, TrainingArguments, find_config
-from .augmentation import CropBatch, apply_photometrics
+from .augmentation import CropBatch, finish_crops
 from .batch_norm import share_batch_norms_
 from .checkpoint import (
     find_checkpoint,
@@ -36,7 +35,7 @@ from .checkpoint import (
     save_checkpoint,
     set_later_checkpoints_aside,
 )
-from .data import CropLoader
+from .data import CropLoader, DataError
 from .loss import DINOLoss
 from .monitor import Monitor, draw_crops, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
@@ -231,10 +230,8 @@ def train_step(
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
-    crops = [
-        apply_photometrics(crops.to(accelerator.device, non_blocking=True), drawn, args)
-        for crops, drawn in zip(batch.crops, batch.photometrics)
-    ]  # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
+    crops = finish_crops(batch, accelerator.device, args)
+    # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
     with torch.no_grad():
         teacher_logits = teacher(crops[0]).logits
     student_logits = student(crops).logits
@@ -288,7 +285,7 @@ def train(args: TrainingArguments) -> Path:
     output_dir = Path(args.output_dir)
     if args.push_to_hub:
         check_hub_settings(args.hub_model_id)
-    hub_dataset = None if is_path(args.dataset_name) else args.dataset_name
+    hub_datasets = [name for name in (args.dataset_name, *args.mix_with) if not is_path(name)]
     config = load_config(args)
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     loader = CropLoader(args, config.num_channels)
@@ -327,7 +324,7 @@ def train(args: TrainingArguments) -> Path:
         if first_step >= num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
     batches = loader.batches(num_steps - first_step, data_state)
-    batches = chain([next(batches)], batches)  # images that cannot be read are found before another run is deleted
+    batch = next(batches)  # images that cannot be read are found before another run is deleted
 
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -349,13 +346,30 @@ def train(args: TrainingArguments) -> Path:
         monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %" + (" (untrained)" if step == 0 else ""))
         monitor.resume(elapsed)
 
+    def save(step: int) -> None:
+        elapsed = monitor.pause()
+        save_checkpoint(
+            accelerator, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(), running,
+            image_processor, args.save_total_limit,
+        )  # fmt: skip
+        monitor.resume(elapsed)
+
     if evaluate and not first_step:
         run_evaluation(0)
     model.train()
     for step in range(first_step, num_steps):
         now = schedule(step)
-        with monitor.waiting():
-            batch = next(batches)
+        if step > first_step:
+            try:
+                with monitor.waiting():
+                    batch = next(batches)
+            except DataError as error:
+                save(step)
+                monitor.close()
+                raise ValueError(
+                    f"{error}. What was learned until then is in {list_checkpoints(output_dir)[-1]}; "
+                    "--resume_from_checkpoint latest goes on from there"
+                ) from error
         monitor.skip(step + 1, batch.skipped)
         if step == 0 and accelerator.is_main_process:
             draw_crops(batch, args, output_dir)
@@ -394,12 +408,7 @@ def train(args: TrainingArguments) -> Path:
         num_seen = (done - first_step) * global_batch_size
         too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
         if save_now or too_many:
-            elapsed = monitor.pause()
-            save_checkpoint(
-                accelerator, output_dir, done, student, teacher, dino_loss, optimizer, loader.state_dict(), running,
-                image_processor, args.save_total_limit,
-            )  # fmt: skip
-            monitor.resume(elapsed)
+            save(done)
         if too_many:
             monitor.close()
             raise ValueError(
@@ -413,7 +422,7 @@ def train(args: TrainingArguments) -> Path:
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
         curves = draw_curves(output_dir, config.out_dim)
-        write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size, bool(checkpoint), hub_dataset)
+        write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size, bool(checkpoint), hub_datasets)
         monitor.say(f"\nThe teacher's backbone is in {output_dir}, its curves in {curves}. To use it:\n\n{snippet}\n")
         if args.push_to_hub:
             monitor.say(f"Uploaded to {upload(output_dir, args.hub_model_id, args.hub_private_repo)}")
