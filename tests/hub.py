@@ -1,4 +1,5 @@
-"""A Hub on 127.0.0.1, in memory: as much of its API as `huggingface_hub` uses to push a repository and to load it.
+"""A Hub on 127.0.0.1, in memory: as much of its API as `huggingface_hub` uses to push a repository and to load it,
+and `datasets` to stream from it, with faults where a test wants them.
 
 Clients need `HF_ENDPOINT`, `HF_TOKEN` (any), and `HF_HUB_DISABLE_XET=1`, since large files go by LFS.
 """
@@ -7,7 +8,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -29,7 +33,12 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves until the `with` ends; `url` is its address, `repositories` what it holds, by `models/user/name`."""
+    """Serves until the `with` ends; `url` is its address, `repositories` what it holds, by `models/user/name`.
+
+    `faults` are what happens to the next requests for a part of a file, in turn: "" (nothing), "reset" (the connection
+    breaks in the middle of the answer), "stall" (so does the answer, but the connection stays), or a status such as
+    "503". When they are used up, `last_fault` happens to all others.
+    """
 
     daemon_threads = True
 
@@ -39,12 +48,30 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}  # by sha256
         self.lock = threading.Lock()
+        self.faults: deque[str] = deque()
+        self.last_fault = ""
+        self.num_parts = 0  # requests for parts of files, so far
+        self.closing = threading.Event()
+
+    def next_fault(self) -> str:
+        with self.lock:
+            self.num_parts += 1
+            return self.faults.popleft() if self.faults else self.last_fault
+
+    def add_dataset(self, name: str, files: dict[str, bytes]) -> None:
+        repository = self.repositories[f"datasets/{name}"] = Repository(private=False)
+        repository.change(files)
+        self.large_files |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that has gone is no matter."""
 
     def __enter__(self) -> "Hub":
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -62,7 +89,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.fault in ("reset", "stall"):
+            self.wfile.write(body[: len(body) // 2])
+        elif self.command != "HEAD":
             self.wfile.write(body)
 
     def refuse(self, code: str, **headers: str) -> None:
@@ -71,11 +100,22 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
+        self.fault = self.server.next_fault() if "Range" in self.headers and self.command == "GET" else ""
+        if self.fault.isdigit():
+            return self.answer({"error": "fault"}, int(self.fault))
         with self.server.lock:
             for pattern, method in ROUTES:
                 if found := re.fullmatch(pattern, path):
-                    return method(self, body, **found.groupdict())
-            self.refuse("NotImplemented")
+                    method(self, body, **found.groupdict())
+                    break
+            else:
+                self.refuse("NotImplemented")
+        if self.fault == "stall":
+            self.server.closing.wait(600)
+        if self.fault:
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no farewell
+            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
@@ -180,6 +220,10 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{sha}"', "X_Repo_Commit": repository.commit, "Content_Type": "application/octet-stream"}
         if sha in self.server.large_files:
             headers |= {"X_Linked_ETag": f'"{sha}"', "X_Linked_Size": str(len(content))}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+            headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.answer(content[first : last + 1], 206, **headers)
         self.answer(content, **headers)
 
 

@@ -164,7 +164,7 @@ def load_initial_weights(
             _check_same_network(source, saved.config, model.config, ignored)
         (model.dino if without_head else model).load_state_dict((saved.dino if without_head else saved).state_dict())
     if both and (folder / "state.pt").is_file():
-        state = torch.load(folder / "state.pt", map_location=dino_loss.center.device, weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         dino_loss.center.copy_(state["center"])
 
 
@@ -189,7 +189,7 @@ def load_checkpoint(
         saved = DINOForPreTraining.from_pretrained(folder / name)
         _check_same_network(folder / name, saved.config, model.config, _ABOUT_THE_FILE)
         model.load_state_dict(saved.state_dict())
-    state = torch.load(folder / "state.pt", map_location=accelerator.device, weights_only=True)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     dino_loss.center.copy_(state["center"])
     optimizer.load_state_dict(state["optimizer"])
     if state["num_processes"] != accelerator.num_processes:

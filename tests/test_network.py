@@ -1,0 +1,72 @@
+"""Training from a Hub on 127.0.0.1 whose network fails, by the real commands."""
+
+import pytest
+
+from .hub import Hub
+from .test_hub import client
+from .test_training import command, losses, recipe, trained  # noqa: F401
+
+
+@pytest.fixture
+def hub(parquet_folder):
+    with Hub() as hub:
+        hub.add_dataset("tester/noise", {path.name: path.read_bytes() for path in parquet_folder.glob("*.parquet")})
+        yield hub
+
+
+@pytest.fixture
+def streamed(hub, recipe, tmp_path):  # noqa: F811
+    """Runs of three epochs of ten steps, that read an epoch in eight requests: flags, output folder, environment."""
+    argv = ("--config", recipe, "--dataset_name", "tester/noise", "--streaming", "--num_examples", 40)
+    argv += ("--per_device_train_batch_size", 4, "--num_train_epochs", 3, "--save_steps", 100)
+    environment = client(hub.url, tmp_path / "home") | {"HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+
+    def flags(name: str, *more) -> tuple:
+        return *argv, "--output_dir", tmp_path / name, *more
+
+    return flags, tmp_path, environment
+
+
+BEFORE = ["", "", ""]  # requests of the first epoch, which is read before the first step
+
+
+def test_faults_are_tried_again_visibly_and_change_nothing(hub, streamed):
+    flags, folder, environment = streamed
+    trained(*flags("whole"), **environment)
+    hub.faults.extend([*BEFORE, "reset", "500", "stall", "429"])
+    finished = command(*flags("faults"), **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert not hub.faults
+    for words in ("HTTP Error 500 thrown", "HTTP Error 429 thrown", "timed out", "Retrying in 1s"):
+        assert words in finished.stderr
+    assert losses(folder / "faults") == losses(folder / "whole")
+
+
+@pytest.mark.slow
+def test_stream_is_read_anew_after_an_outage_that_the_library_gives_up_at(hub, streamed):
+    flags, folder, environment = streamed
+    trained(*flags("whole"), **environment)
+    hub.faults.extend([*BEFORE, *["503"] * 7])  # six tries in 23 seconds, and one more
+    finished = command(*flags("outage"), **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert "the stream broke off, HfHubHTTPError: " in finished.stderr and "reading on in 1 s" in finished.stderr
+    assert losses(folder / "outage") == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("fault", ["503", "stall"])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, num_processes, fault):
+    flags, folder, environment = streamed
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    options = environment | ({"launcher": launcher} if num_processes == 2 else {})
+    trained(*flags("whole"), **options)
+    hub.faults.extend(BEFORE * num_processes)
+    hub.last_fault = fault
+    finished = command(*flags("stopped", "--stream_timeout", 5), **options)
+    assert finished.returncode != 0
+    message = next(line for line in finished.stderr.splitlines() if line.startswith("dino-train: error: "))
+    assert "no image came from the stream for stream_timeout = 5 s" in message
+    assert str(folder / f"stopped/checkpoints/step_{10 // num_processes:07}") in message
+    hub.last_fault = ""
+    trained(*flags("stopped", "--resume_from_checkpoint", "latest"), **options)
+    assert losses(folder / "stopped") == losses(folder / "whole")
