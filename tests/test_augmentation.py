@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from evaluation.images import EncodedImage
+from evaluation.images import BrokenImageError, EncodedImage
 from training import augmentation
 from training.augmentation import AugmentationArguments, MultiCrop, Photometrics
 
@@ -375,6 +375,71 @@ def test_pixels_of_crops_equal_those_of_pillow(picture, monkeypatch):
         expected = F.resized_crop(Image.fromarray(picture), *box, size, InterpolationMode.BICUBIC)
         difference = crop.int() - to_tensor(np.array(expected))[0].int()
         assert difference.abs().max() <= 1
+
+
+def jpeg(picture: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "jpeg", quality=95, subsampling=0, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def reductions(monkeypatch) -> list[int]:
+    """What images are decoded with, from here on."""
+    asked, decode = [], EncodedImage.decode
+
+    def decode_and_note(self, reduction=1):
+        asked.append(reduction)
+        return decode(self, reduction)
+
+    monkeypatch.setattr(EncodedImage, "decode", decode_and_note)
+    return asked
+
+
+@pytest.mark.parametrize("local_size", [16, 500])
+def test_large_jpegs_are_decoded_as_large_as_every_crop_needs_them(reductions, monkeypatch, local_size):
+    """As large or up to twice as large: the next power of two would leave a crop with fewer pixels than it gets."""
+    drawn, draw_boxes = [], augmentation.draw_boxes
+    monkeypatch.setattr(augmentation, "draw_boxes", lambda *given: drawn.append(draw_boxes(*given)) or drawn[-1])
+    multi_crop = MultiCrop(small_args(local_crop_size=local_size), 0)
+    image = {"bytes": jpeg(smooth_image(0, 1201, 1602)), "path": None}
+    for position in range(12):
+        multi_crop(EncodedImage(image, 3), 0, position)
+    for boxes, reduction in zip(drawn, reductions, strict=True):
+        spare = boxes[:, 2:].min(1) / ([32, 32] + [local_size] * 3)
+        assert reduction == 1 or (spare >= reduction).all()
+        assert reduction == 8 or (spare < 2 * reduction).any()
+    assert max(reductions) == (8 if local_size == 16 else 1)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_crops_of_a_reduced_jpeg_are_those_of_the_whole_one(reductions, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = jpeg(smooth_image(0, 901, 1203), exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    multi_crop = MultiCrop(small_args(), 0)
+    for position in range(8):
+        reduced, _ = multi_crop(EncodedImage({"bytes": content, "path": None}, 3), 0, position)
+        whole, _ = multi_crop(EncodedImage(np.array(upright), 3), 0, position)
+        for crop, expected in zip(reduced, whole, strict=True):
+            crop, expected = crop.float(), expected.float()
+            by_a_pixel = (expected.diff(dim=1).abs().mean() + expected.diff(dim=2).abs().mean()) / 2
+            assert (crop - expected).abs().mean() < 1 + by_a_pixel / 2  # boxes have moved by half a pixel at most
+    assert min(reductions[::2]) >= 4
+
+
+def test_jpeg_that_is_cut_off_is_broken_at_any_size():
+    content = jpeg(smooth_image(0, 901, 1203))
+    for reduction in (1, 2, 4, 8):
+        with pytest.raises(BrokenImageError) as error:
+            EncodedImage({"bytes": content[: len(content) * 2 // 3], "path": None}, 3).decode(reduction)
+        assert error.value.kind == "damaged"
+
+
+def test_other_files_than_jpegs_are_decoded_whole(picture):
+    image = EncodedImage({"bytes": png(picture), "path": None}, 3)
+    np.testing.assert_array_equal(image.decode(reduction=8), picture.transpose(2, 0, 1))
 
 
 def equal_crops(one, other) -> bool:

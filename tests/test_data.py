@@ -3,6 +3,7 @@
 import io
 import itertools
 import pickle
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
+from scipy import stats
 
 from evaluation.images import BrokenImageError, decode_image, image_content, load_images
 from training import data
 from training.arguments import TrainingArguments
+from training.augmentation import finish_crops
 from training.check import check_from_command_line
 from training.data import CropLoader
 
@@ -638,3 +641,122 @@ def test_number_of_images_of_a_stream_is_the_one_that_is_given(tmp_path):
     folder = write_shards(tmp_path / "images", 8, 1)
     assert CropLoader(arguments(folder, streaming=True, num_examples=8), 3).num_images == 8
     assert CropLoader(arguments(folder, streaming=True), 3).num_images is None
+
+
+# several data sets
+
+
+def write_two(folder: Path) -> list[Path]:
+    """12 images, 0 to 11, in two shards, and 4, 100 to 103, in one."""
+    write_shards(folder / "many", 12, 2)
+    (folder / "few").mkdir()
+    numbered_images(range(100, 104), column="photo").to_parquet(folder / "few/train.parquet")
+    return [folder / "many", folder / "few"]
+
+
+def test_mixed_images_come_once_in_an_epoch(tmp_path):
+    many, few = write_two(tmp_path)
+    loader = CropLoader(arguments(many, mix_with=[str(few)]), 3)
+    assert loader.num_images == 16
+    batches = take(loader, 12)
+    epochs = [sum(map(numbers_in, batches[start : start + 4]), []) for start in (0, 4, 8)]
+    assert all(sorted(visited) == [*range(12), *range(100, 104)] for visited in epochs)
+    assert len({tuple(visited) for visited in epochs}) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_mixed_images_come_in_the_shares_of_their_weights(tmp_path, streaming):
+    many, few = write_two(tmp_path)
+    loader = CropLoader(arguments(many, mix_with=[str(few)], mix_weights=[1.0, 3.0], streaming=streaming), 3)
+    numbers = sum(map(numbers_in, take(loader, 100)), [])
+    from_few = sum(number >= 100 for number in numbers)
+    assert stats.binomtest(from_few, len(numbers), 0.75).pvalue > 1e-3
+    assert set(numbers) == {*range(12), *range(100, 104)}
+
+
+def test_image_that_comes_twice_in_an_epoch_is_cropped_twice(tmp_path):
+    many, few = write_two(tmp_path)
+    batches = take(CropLoader(arguments(many, mix_with=[str(few)], mix_weights=[1.0, 30.0]), 3), 20)
+    factors = torch.cat([batch.photometrics[0].factors[:, 0] for batch in batches])
+    numbers = sum(map(numbers_in, batches), [])
+    assert len(set(numbers[:40])) < 20 and len(factors.unique()) == len(factors)
+
+
+@pytest.mark.parametrize("weights", [[], [2.0, 1.0]], ids=["once", "weighted"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_mixed_images_go_on_as_if_uninterrupted(tmp_path, monkeypatch, streaming, weights):
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 5)
+    many, few = write_two(tmp_path)
+    for folder, number in ((many, 12), (few, 4)):  # as data sets of the Hub say it
+        split = f"  - name: train\n    num_bytes: 1\n    num_examples: {number}\n"
+        (folder / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{split}---\n")
+    args = arguments(many, mix_with=[str(few)], mix_weights=weights, streaming=streaming)
+    uninterrupted, resumed, state = take(CropLoader(args, 3), 9), [], None
+    if not weights:
+        assert sorted(sum(map(numbers_in, uninterrupted[:4]), [])) == [*range(12), *range(100, 104)]
+    for num_batches in (2, 4, 3):
+        loader = CropLoader(args, 3)
+        resumed += take(loader, num_batches, state)
+        state = pickle.loads(pickle.dumps(loader.state_dict()))
+    assert_equal_batches(resumed, uninterrupted)
+
+
+def test_streams_of_unknown_lengths_need_weights(tmp_path):
+    many, few = write_two(tmp_path)
+    with pytest.raises(ValueError, match="how many images these streams have is not known.*--mix_weights"):
+        CropLoader(arguments(many, mix_with=[str(few)], streaming=True), 3)
+
+
+def test_arrays_and_files_do_not_mix(tmp_path):
+    many, _ = write_two(tmp_path)
+    features = Features({"image": Array3D((3, 20, 24), "uint8")})
+    Dataset.from_dict({"image": [np.zeros((3, 20, 24), np.uint8)]}, features=features).save_to_disk(
+        tmp_path / "arrays"
+    )
+    with pytest.raises(ValueError, match="arrays and .*many are stored differently: Array3D.* and Image"):
+        CropLoader(arguments(many, mix_with=[str(tmp_path / "arrays")]), 3)
+
+
+# colours on the host
+
+
+@WORKERS
+def test_workers_finish_crops_if_they_are_told_to(tmp_path, num_workers):
+    folder = write_shards(tmp_path / "images", 8, 1)
+    args = [
+        arguments(folder, num_workers=num_workers, augmentation_device=device, local_crop_size=24)
+        for device in ("device", "host")
+    ]
+    batches, finished = (take(CropLoader(each, 3), 2) for each in args)
+    for batch, other in zip(batches, finished, strict=True):
+        assert other.photometrics is None
+        for crops, expected in zip(other.crops, finish_crops(batch, "cpu", args[0]), strict=True):
+            assert crops.dtype == torch.float32 and torch.equal(crops, expected)
+        assert all(crops.dtype == torch.uint8 and crops.is_contiguous() for crops in batch.crops)
+
+
+# advice
+
+
+def test_advice_names_the_knob_that_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 8)
+    folder = write_shards(tmp_path / "images", 8, 1)
+    few, all_ = (CropLoader(arguments(folder, num_workers=number), 3) for number in (2, 8))
+    assert few.advice() == "raise --num_workers, which is 2; there are 8 cores for each process"
+    assert "8 workers keep all 8 cores busy" in all_.advice()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "8 workers keep all 2 cores busy" in all_.advice() and "all 2 cores" in few.advice()
+
+
+def test_advice_tells_a_slow_stream_from_slow_workers(tmp_path, monkeypatch):
+    loader = CropLoader(arguments(write_shards(tmp_path / "images", 8, 1), streaming=True), 3)
+    read = loader._stream
+
+    def slowly(**state):
+        for step in read(**state):
+            time.sleep(0.3)
+            yield step
+
+    monkeypatch.setattr(loader, "_stream", slowly)
+    take(loader, 4)
+    assert "the stream is slower than the training; do without --streaming" in loader.advice()

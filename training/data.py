@@ -9,6 +9,7 @@ that are shuffled among each other; shards, of local parquet its row groups, cha
 """
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -187,7 +188,7 @@ class CropLoader:
         self.state = {"epoch": 0, "position": 0, "window": None}
         self.is_remote = not all(map(is_path, (args.dataset_name, *args.mix_with)))
         self.trouble = None  # what the network last failed with
-        self.waited_for_stream = 0.0  # seconds, so far
+        self.waited = self.waited_for_stream = 0.0  # seconds, so far
 
     def batches(self, num_batches: int, state: dict | None = None) -> Iterator[CropBatch]:
         """The next `num_batches`; from the start, or from where a `state_dict` was taken.
@@ -233,7 +234,9 @@ class CropLoader:
         )
         loader = iter(loader)
         for _ in range(num_batches):
+            asked = time.perf_counter()
             batch = self._next_on_all(loader, group)
+            self.waited += time.perf_counter() - asked
             self.state = states.popleft()
             yield batch
 
@@ -322,6 +325,23 @@ class CropLoader:
                 logger.warning("the stream broke off, %s; reading on in %d s", self.trouble, pause)
                 time.sleep(pause)
                 pause = min(2 * pause, 60)
+
+    def advice(self) -> str:
+        """What would make the batches come faster."""
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = self.args.num_workers
+        if self.waited_for_stream > self.waited / 2:
+            return (
+                "the stream is slower than the training; do without --streaming, which reads the data once and for all"
+            )
+        if workers < cores:
+            return f"raise --num_workers, which is {workers}; there are {cores} cores for each process"
+        if self.args.augmentation_device == "host" and torch.cuda.is_available():
+            return "--augmentation_device device takes the colours off the workers"
+        return (
+            f"{workers} workers keep all {cores} cores busy; store the images smaller, lower --num_local_crops or take "
+            "a machine of more cores"
+        )
 
     def state_dict(self) -> dict:
         """Where the last batch that was taken left the data; the same on every process."""

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from tqdm import tqdm
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
 
 
+DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
+
+
 class Monitor:
     """Writes on the main process, does nothing on the others.
 
@@ -24,9 +27,12 @@ class Monitor:
         num_steps: Steps of the whole run.
         first_step: Steps done before; later lines of an existing `metrics.jsonl` are dropped.
         enabled: Whether this is the main process.
+        data_advice: Called for what to say when the training waits for data.
     """
 
-    def __init__(self, output_dir: Path, num_steps: int, first_step: int, enabled: bool):
+    def __init__(
+        self, output_dir: Path, num_steps: int, first_step: int, enabled: bool, data_advice: Callable[[], str]
+    ):
         self.output_dir = output_dir
         self.enabled = enabled
         self.metrics_file = output_dir / "metrics.jsonl"
@@ -47,6 +53,9 @@ class Monitor:
         self.since = time.perf_counter()
         self.images = 0
         self.waited = 0.0  # seconds since the last line of metrics
+        self.data_advice = data_advice
+        self.num_lines = 0  # of training metrics
+        self.advised = False
         self.skipped = Counter()  # images by kind of fault, of this process since it started
         self.skipped_file = output_dir / "skipped.jsonl"
 
@@ -97,6 +106,10 @@ class Monitor:
             f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}",
             refresh=False,
         )
+        self.num_lines += 1
+        if data_wait > DATA_WAIT_LIMIT and self.num_lines > 1 and not self.advised:  # the first is of the start, too
+            self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {self.data_advice()}")
+            self.advised = True
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.enabled:

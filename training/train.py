@@ -336,7 +336,7 @@ def train(args: TrainingArguments) -> Path:
             (output_dir / "skipped.jsonl").unlink(missing_ok=True)
             unpublish(output_dir)
     accelerator.wait_for_everyone()
-    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process)
+    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice)
 
     def run_evaluation(step: int) -> None:
         elapsed = monitor.pause()
