@@ -56,14 +56,14 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in FILE_BUILDERS or path.exists()
 
 
-def _load(dataset_name: str, config_name: str | None, streaming: bool):
-    """All splits of a data set."""
+def _load(dataset_name: str, config_name: str | None, streaming: bool, **options):
+    """All splits of a data set; `options` are for the builder of the format that it is in."""
     path = Path(dataset_name).expanduser()
     if not path.exists():
         if is_path(dataset_name):
             raise ValueError(f"there is no file or folder {dataset_name}")
         try:
-            return load_dataset(dataset_name, config_name, streaming=streaming)
+            return load_dataset(dataset_name, config_name, streaming=streaming, **options)
         except DatasetNotFoundError as error:
             raise ValueError(
                 f"{dataset_name} is neither a local path nor a data set that the Hub lets you read ({error}); for a "
@@ -74,7 +74,9 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool):
     if path.is_file():
         if path.suffix not in FILE_BUILDERS:
             raise ValueError(f"{dataset_name} is a file; allowed are .parquet, .arrow, .tar or a folder")
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
+        return load_dataset(
+            FILE_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming, **options
+        )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved = load_from_disk(str(path))
         saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
@@ -92,7 +94,7 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool):
             )
         return load_dataset("imagefolder", data_files=_split_folders(path), streaming=streaming)
     try:
-        return load_dataset(str(path), config_name, streaming=streaming)
+        return load_dataset(str(path), config_name, streaming=streaming, **options)
     except DataFilesNotFoundError as error:
         raise ValueError(f"no data files in {dataset_name}: {error}") from error
 
@@ -141,6 +143,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     streaming: bool = False,
+    with_labels: bool = True,
 ) -> Dataset | IterableDataset:
     """A split of a data set with the columns `image` (encoded) and, where there are labels, `label`.
 
@@ -151,7 +154,9 @@ def load_images(
         split: Name of the split. One file, or a folder without folders of splits, is `train`.
         image_column: Column of the images. Default: the only one that holds images.
         label_column: Column of the labels. Default: the only class column, or else `label`, or else none.
-        streaming: Read while iterating, instead of preparing the whole data set first.
+        streaming: Read while iterating, instead of preparing the whole data set first. Of parquet, other columns are
+            then never read.
+        with_labels: Whether the labels are wanted.
 
     Raises:
         ValueError: whatever is missing; says what there is instead.
@@ -166,8 +171,11 @@ def load_images(
     if dataset.features is None:
         dataset = dataset._resolve_features()
     image_column = _find_image_column(dataset.features, image_column)
-    label_column = _find_label_column(dataset.features, label_column)
+    label_column = _find_label_column(dataset.features, label_column) if with_labels else None
     chosen = {image_column: "image"} | ({} if label_column is None else {label_column: "label"})
+    if streaming and dataset.info.builder_name == "parquet":
+        dataset = _load(dataset_name, config_name, streaming, columns=list(chosen))[split]
+        dataset = dataset if dataset.features is not None else dataset._resolve_features()
     if isinstance(dataset.features[image_column], Image):
         # first of all: what a stream does to its rows afterwards would decode each and encode it again
         dataset = dataset.cast_column(image_column, Image(decode=False))

@@ -20,10 +20,11 @@ LARGE = (".safetensors", ".parquet")  # what goes by LFS
 
 
 class Repository:
-    """One branch; a revision is its name or the latest commit."""
+    """One branch; a revision is its name or the latest commit. A gated one lets nobody read its files."""
 
-    def __init__(self, private: bool):
+    def __init__(self, private: bool, gated: bool = False):
         self.private = private
+        self.gated = gated
         self.files: dict[str, bytes] = {}
         self.commit = hashlib.sha1(b"").hexdigest()
 
@@ -50,16 +51,15 @@ class Hub(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.faults: deque[str] = deque()
         self.last_fault = ""
-        self.num_parts = 0  # requests for parts of files, so far
+        self.bytes_sent = 0  # of parts of files, so far
         self.closing = threading.Event()
 
     def next_fault(self) -> str:
         with self.lock:
-            self.num_parts += 1
             return self.faults.popleft() if self.faults else self.last_fault
 
-    def add_dataset(self, name: str, files: dict[str, bytes]) -> None:
-        repository = self.repositories[f"datasets/{name}"] = Repository(private=False)
+    def add_dataset(self, name: str, files: dict[str, bytes], gated: bool = False) -> None:
+        repository = self.repositories[f"datasets/{name}"] = Repository(private=False, gated=gated)
         repository.change(files)
         self.large_files |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
 
@@ -94,8 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.command != "HEAD":
             self.wfile.write(body)
 
-    def refuse(self, code: str, **headers: str) -> None:
-        self.answer({"error": code}, 404, X_Error_Code=code, X_Error_Message=code, **headers)
+    def refuse(self, code: str, status: int = 404, **headers: str) -> None:
+        self.answer({"error": code}, status, X_Error_Code=code, X_Error_Message=code, **headers)
 
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         if action in ("", "revision"):
             siblings = [{"rfilename": path} for path in sorted(repository.files)]
             self.answer({"id": name, "modelId": name, "sha": repository.commit, "private": repository.private,
-                         "tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False,
+                         "tags": [], "downloads": 0, "likes": 0, "gated": repository.gated, "disabled": False,
                          "siblings": siblings})  # fmt: skip
         elif action == "preupload":
             modes = [
@@ -213,6 +213,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.server.repositories.get(f"{kind or 'models/'}{name}")
         if repository is None:
             return self.refuse("RepoNotFound")
+        if repository.gated:
+            return self.refuse("GatedRepo", 403)
         if path not in repository.files:
             return self.refuse("EntryNotFound", X_Repo_Commit=repository.commit)
         content = repository.files[path]
@@ -223,6 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
             headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
+            self.server.bytes_sent += last + 1 - first
             return self.answer(content[first : last + 1], 206, **headers)
         self.answer(content, **headers)
 

@@ -1,6 +1,12 @@
 """Training from a Hub on 127.0.0.1 whose network fails, by the real commands."""
 
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, Image
 
 from .hub import Hub
 from .test_hub import client
@@ -16,7 +22,7 @@ def hub(parquet_folder):
 
 @pytest.fixture
 def streamed(hub, recipe, tmp_path):  # noqa: F811
-    """Runs of three epochs of ten steps, that read an epoch in eight requests: flags, output folder, environment."""
+    """Runs of three epochs of ten steps: flags, output folder, environment."""
     argv = ("--config", recipe, "--dataset_name", "tester/noise", "--streaming", "--num_examples", 40)
     argv += ("--per_device_train_batch_size", 4, "--num_train_epochs", 3, "--save_steps", 100)
     environment = client(hub.url, tmp_path / "home") | {"HF_HUB_DOWNLOAD_TIMEOUT": "2"}
@@ -27,7 +33,8 @@ def streamed(hub, recipe, tmp_path):  # noqa: F811
     return flags, tmp_path, environment
 
 
-BEFORE = ["", "", ""]  # requests of the first epoch, which is read before the first step
+# requests of the start, for what columns there are, and of the first epoch, which is read before the first step
+BEFORE = ["", "", "", ""]
 
 
 def test_faults_are_tried_again_visibly_and_change_nothing(hub, streamed):
@@ -70,3 +77,35 @@ def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, n
     hub.last_fault = ""
     trained(*flags("stopped", "--resume_from_checkpoint", "latest"), **options)
     assert losses(folder / "stopped") == losses(folder / "whole")
+
+
+@pytest.mark.parametrize(("name", "words"), [("tester/closed", "gated"), ("tester/nothing", "doesn't exist")])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_data_that_the_hub_does_not_give_says_how_to_log_in(hub, recipe, tmp_path, name, words, streaming):  # noqa: F811
+    hub.add_dataset("tester/closed", {"train.parquet": b"secret"}, gated=True)
+    argv = ("--config", recipe, "--dataset_name", name, "--output_dir", tmp_path / "run", "--num_examples", 40)
+    finished = command(*argv, *["--streaming"] * streaming, **client(hub.url, tmp_path / "home"))
+    assert finished.returncode == 2
+    [message] = finished.stderr.strip().splitlines()
+    assert name in message and words in message and "hf auth login" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_columns_of_a_stream_are_not_read(hub, parquet_folder, tmp_path):
+    """Masks ten times as large as the images, and so far apart that reading ahead does not reach over them."""
+    rng = np.random.default_rng(0)
+    rows = {name: [{"bytes": rng.bytes(size), "path": None} for _ in range(60)]
+            for name, size in (("image", 30_000), ("mask", 300_000))}  # fmt: skip
+    features = Features({"image": Image(), "mask": Image(), "label": ClassLabel(names=["a"])})
+    Dataset.from_dict(rows | {"label": [0] * 60}, features=features).to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    hub.add_dataset("tester/masks", {"train.parquet": content})
+    script = "from evaluation.images import load_images; import sys; rows = list(load_images(" \
+        "'tester/masks', image_column='image', streaming=True, with_labels=False)); " \
+        "print(len(rows), *rows[0], sum(len(row['image']['bytes']) for row in rows))"  # fmt: skip
+    environment = {**os.environ, **client(hub.url, tmp_path / "home")}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=90
+    )
+    assert printed.stdout.split() == ["60", "image", "1800000"], printed.stderr
+    assert hub.bytes_sent < 0.5 * len(content)

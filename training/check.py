@@ -35,7 +35,7 @@ def check(
     num_workers: int = 0,
 ) -> tuple[list[tuple[int, int]], list[tuple[str, str]]]:
     """Reads all images of a split: sizes (height, width) of the whole ones; kind and reason of the broken ones."""
-    dataset = load_images(dataset_name, config_name, split, image_column, None, streaming).select_columns("image")
+    dataset = load_images(dataset_name, config_name, split, image_column, None, streaming, with_labels=False)
     num_images = None if streaming else len(dataset)
     loader = DataLoader(dataset, batch_size=16, num_workers=num_workers, collate_fn=_Decoded(num_channels))
     sizes, faults = [], []

@@ -8,6 +8,7 @@ Map-style data is in a new random order every epoch. Streams are read by one thr
 that are shuffled among each other; shards, of local parquet its row groups, change their order every epoch.
 """
 
+import atexit
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -106,17 +107,26 @@ def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
     Raises:
         TimeoutError: when one does not come within `timeout` seconds.
     """
-    wanted, found = SimpleQueue(), SimpleQueue()
+    wanted, found, patience = SimpleQueue(), SimpleQueue(), 60
 
     def read() -> None:
-        while wanted.get():
+        while wanted.get() and not stopped.is_set():
             try:
                 found.put((next(items), None))
             except Exception as error:  # is raised where the item is asked for
                 found.put((None, error))
 
-    # the process ends without waiting for it, whatever it waits for
-    Thread(target=read, daemon=True).start()
+    stopped = Event()
+    reader = Thread(target=read, daemon=True)  # or the process could not end before a network answers
+    reader.start()
+
+    def stop() -> None:
+        """Lets what is being read be read, as a process that ends within Arrow's reader is aborted."""
+        stopped.set()
+        wanted.put(False)
+        reader.join(patience)
+
+    atexit.register(stop)
     try:
         for _ in range(depth):
             wanted.put(True)
@@ -124,13 +134,15 @@ def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
             try:
                 item, error = found.get(timeout=timeout)
             except Empty:
+                patience = 0
                 raise TimeoutError from None
             if error is not None:
                 raise error
             wanted.put(True)
             yield item
     finally:
-        wanted.put(False)
+        atexit.unregister(stop)
+        stop()
 
 
 def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDataset, int | None]:
@@ -143,7 +155,7 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
         config_name, column = (
             (args.dataset_config_name, args.image_column) if name == args.dataset_name else (None, None)
         )
-        part = load_images(name, config_name, args.train_split, column, None, args.streaming).select_columns("image")
+        part = load_images(name, config_name, args.train_split, column, None, args.streaming, with_labels=False)
         if isinstance(part, Dataset):
             lengths.append(len(part))
         else:
@@ -232,13 +244,16 @@ class CropLoader:
             # of its own, so that making a loader draws nothing from the generator that drops paths
             generator=torch.Generator(),
         )
-        loader = iter(loader)
-        for _ in range(num_batches):
-            asked = time.perf_counter()
-            batch = self._next_on_all(loader, group)
-            self.waited += time.perf_counter() - asked
-            self.state = states.popleft()
-            yield batch
+        try:
+            loader = iter(loader)
+            for _ in range(num_batches):
+                asked = time.perf_counter()
+                batch = self._next_on_all(loader, group)
+                self.waited += time.perf_counter() - asked
+                self.state = states.popleft()
+                yield batch
+        finally:
+            images.close()
 
     def _next_on_all(self, batches: Iterator[CropBatch], group: dist.ProcessGroup | None) -> CropBatch:
         """The next batch. If a process cannot get one, that is an error on all, so that none waits for another.
@@ -339,8 +354,8 @@ class CropLoader:
         if self.args.augmentation_device == "host" and torch.cuda.is_available():
             return "--augmentation_device device takes the colours off the workers"
         return (
-            f"{workers} workers keep all {cores} cores busy; store the images smaller, lower --num_local_crops or take "
-            "a machine of more cores"
+            f"{workers} workers keep all {cores} cores busy; store the images smaller, lower --num_local_crops or "
+            "take a machine of more cores"
         )
 
     def state_dict(self) -> dict:
