@@ -69,6 +69,8 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
                 f"{dataset_name} is neither a local path nor a data set that the Hub lets you read ({error}); for a "
                 "gated or private one, log in with `hf auth login`"
             ) from error
+        except DataFilesNotFoundError as error:
+            raise ValueError(f"no data files in {dataset_name}: {error}") from error
         except (OSError, *CONNECTION_ERRORS_TO_RETRY) as error:
             raise ValueError(f"{dataset_name} is no local path, and the Hub could not be asked: {error}") from error
     if path.is_file():

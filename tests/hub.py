@@ -13,6 +13,7 @@ import struct
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -180,7 +181,10 @@ class Handler(BaseHTTPRequestHandler):
             self.commit(repository, name, [json.loads(line) for line in body.decode().splitlines() if line.strip()])
         elif action == "tree":
             _, _, folder = argument.partition("/")
-            self.answer([self.entry(path, repository) for path in sorted(repository.files) if path.startswith(folder)])
+            within = [path for path in sorted(repository.files) if path.startswith(f"{folder}/" if folder else "")]
+            folders = {str(parent) for path in within for parent in PurePosixPath(path).parents} - {".", folder}
+            entries = [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
+            self.answer(entries + [self.entry(path, repository) for path in within])
         elif action == "paths-info":
             text = body.decode()
             paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])

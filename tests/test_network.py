@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from .hub import Hub
 from .test_hub import client
-from .test_training import command, losses, recipe, trained  # noqa: F401
+from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
 
 
 @pytest.fixture
@@ -77,6 +77,20 @@ def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, n
     hub.last_fault = ""
     trained(*flags("stopped", "--resume_from_checkpoint", "latest"), **options)
     assert losses(folder / "stopped") == losses(folder / "whole")
+
+
+def test_imagenet_streams_by_its_recipe(hub, parquet_folder, tmp_path):
+    """The recipe as it is, but for a small network, batch and number of steps."""
+    files = {f"data/{path.name}": path.read_bytes() for path in parquet_folder.glob("train-*.parquet")}
+    hub.add_dataset("ILSVRC/imagenet-1k", files)
+    small = ("hidden_size=24", "num_hidden_layers=1", "num_attention_heads=2", "out_dim=32", "head_hidden_dim=16")
+    argv = ("--config", "imagenet_vit_small_patch16", "--output_dir", tmp_path / "run", "--config_overrides", *small)
+    argv += ("--per_device_train_batch_size", 4, "--max_steps", 2, "--warmup_epochs", 0, "--logging_steps", 1)
+    trained(*argv, **client(hub.url, tmp_path / "home"))
+    lines = metrics(tmp_path / "run")
+    assert [line["epoch"] * (1281167 // 4) for line in lines] == pytest.approx([1, 2])
+    card = (tmp_path / "run/README.md").read_text()
+    assert "https://huggingface.co/datasets/ILSVRC/imagenet-1k" in card
 
 
 @pytest.mark.parametrize(("name", "words"), [("tester/closed", "gated"), ("tester/nothing", "doesn't exist")])
