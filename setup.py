@@ -36,6 +36,7 @@ setup(
         "timm": TIMM,
         "onnx": ONNX,
         "test": TEST,
+        "benchmarks": ["lightly>=1.5"],
         "dev": [*TEST, "ruff>=0.12", "pre-commit>=4"],
     },
     entry_points={

@@ -1,10 +1,12 @@
 """Images per second from encoded images to crops, ours beside the original's recipe and lightly's, in the same run.
 
     python benchmarks/data.py --dataset_name path/to/images [--rounds 5] [--output benchmarks/results/data.json]
+    python benchmarks/data.py --dataset_name path/to/images --memory_images 100000 [--streaming]
 
 Every variant turns the same images into 2 crops of 224 and 8 of 96 pixels, in a process of its own with one thread (of
 the loader: one a worker), and the variants take turns; the medians of all rounds are printed, and their ratios to the
-original's recipe. `pip install lightly` adds lightly's.
+original's recipe. `pip install -e '.[benchmarks]'` brings lightly. The second command prints the memory of the loader
+and its two workers together, ten times on the way.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
@@ -109,6 +112,36 @@ def both_halves(contents: list[bytes]) -> Iterator[int]:
             yield BATCH_SIZE
 
 
+def large_photographs(reduced: bool) -> Callable[[list[bytes]], Iterator[int]]:
+    """Our host half of 12-megapixel JPEGs, decoded as large as the crops need them, or whole."""
+
+    def run(contents: list[bytes]) -> Iterator[int]:
+        photographs = []
+        for content in contents[:4]:
+            file = io.BytesIO()
+            Image.open(io.BytesIO(content)).convert("RGB").resize((4000, 3000)).save(file, "jpeg", quality=90)
+            photographs.append(file.getvalue())
+        decode = EncodedImage.decode
+        if not reduced:
+            EncodedImage.decode = lambda self, reduction=1: decode(self)
+        return host_half(photographs)
+
+    return run
+
+
+def stream_alone(dataset_name: str) -> Callable[[list[bytes]], Iterator[int]]:
+    """Images of a stream as they are given to workers, which this leaves out."""
+
+    def run(contents: list[bytes]) -> Iterator[int]:
+        crops = CropLoader(
+            settings(dataset_name=dataset_name, streaming=True, per_device_train_batch_size=BATCH_SIZE), 3
+        )
+        for _ in crops._stream(**crops.state):
+            yield BATCH_SIZE
+
+    return run
+
+
 def loader(dataset_name: str, num_workers: int, streaming: bool) -> Callable[[list[bytes]], Iterator[int]]:
     """Our host half through the loader."""
 
@@ -135,18 +168,39 @@ def measure(run: Callable, contents: list[bytes], seconds: float) -> None:
     os.killpg(0, signal.SIGKILL)  # with all its workers, whatever they are at
 
 
+def print_memory(dataset_name: str, num_images: int, streaming: bool) -> None:
+    """Proportional set size of this process and its workers in MiB, after each tenth of the images."""
+    args = settings(dataset_name=dataset_name, streaming=streaming, num_workers=2,
+                    per_device_train_batch_size=BATCH_SIZE)  # fmt: skip
+    torch.set_num_threads(1)
+    num_batches = num_images // BATCH_SIZE
+    this = psutil.Process()
+    for done, _ in enumerate(CropLoader(args, 3).batches(num_batches), start=1):
+        if done == 20 or done % max(1, num_batches // 10) == 0:
+            processes = [this, *this.children(recursive=True)]
+            memory = sum(process.memory_full_info().pss for process in processes) / 2**20
+            print(f"{done * BATCH_SIZE:>9} images {memory:8.0f} MiB in {len(processes)} processes", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5, help="per variant and round")
     parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--memory_images", type=int, help="print the memory used over so many images instead")
+    parser.add_argument("--streaming", action="store_true", help="of the memory: stream the data")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of this one measures
     args = parser.parse_args()
+    if args.memory_images:
+        return print_memory(args.dataset_name, args.memory_images, args.streaming)
     variants = {
         "the original's recipe (PIL)": pil_recipe,
         "host half: decode, crops": host_half,
         "both halves on one core": both_halves,
+        "host half, 12 megapixels": large_photographs(reduced=True),
+        "the same decoded whole": large_photographs(reduced=False),
+        "reading a stream, no crops": stream_alone(args.dataset_name),
         "host half, loader, 1 worker": loader(args.dataset_name, 1, False),
         "host half, loader, 2 workers": loader(args.dataset_name, 2, False),
         "the same streaming, 1 worker": loader(args.dataset_name, 1, True),
