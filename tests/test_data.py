@@ -3,6 +3,7 @@
 import io
 import itertools
 import pickle
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,28 @@ def test_images_and_labels_are_found(tmp_path, write, streaming):
     assert sorted(numbers_of(rows)) == list(range(NUM_IMAGES))
     assert [row["label"] for row in rows] == [number % 2 for number in numbers_of(rows)]
     assert dataset.features["label"].names == ["a", "b"]
+
+
+def write_tars(folder: Path, num_images: int = NUM_IMAGES, num_shards: int = 2) -> Path:
+    """WebDataset: `7.png` and `7.cls`, its label, are one sample."""
+    folder.mkdir()
+    for shard, numbers in enumerate(np.array_split(np.arange(num_images), num_shards)):
+        with tarfile.open(folder / f"train-{shard:05}.tar", "w") as tar:
+            for number in numbers.tolist():
+                for suffix, content in (("png", encoded(numbered_picture(number))), ("cls", b"%d" % (number % 2))):
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_images_and_labels_of_webdataset_tars_are_found(tmp_path, streaming):
+    folder = write_tars(tmp_path / "images")
+    for path, number in ((folder, NUM_IMAGES), (folder / "train-00000.tar", NUM_IMAGES // 2)):
+        rows = list(load_images(str(path), label_column="cls", streaming=streaming))
+        assert sorted(numbers_of(rows)) == list(range(number))
+        assert [row["label"] for row in rows] == [number % 2 for number in numbers_of(rows)]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
@@ -586,6 +609,17 @@ def test_stream_can_be_stopped_after_any_step(tmp_path, monkeypatch, num_shards,
     monkeypatch.setattr(data, "SHUFFLE_WINDOW", window)
     args = arguments(write_shards(tmp_path / "images", 23, num_shards, row_group), streaming=True)
     steps = list(itertools.islice(CropLoader(args, 3)._stream(0, 0, None), 12))
+    for stopped, step in enumerate(steps[:-1]):
+        goes_on = next(CropLoader(args, 3)._stream(**pickle.loads(pickle.dumps(step.state))))
+        assert goes_on.epoch == steps[stopped + 1].epoch and goes_on.images == steps[stopped + 1].images
+
+
+def test_stream_of_tars_can_be_stopped_after_any_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLE_WINDOW", 5)
+    args = arguments(write_tars(tmp_path / "images", 23, 3), streaming=True)
+    steps = list(itertools.islice(CropLoader(args, 3)._stream(0, 0, None), 11))
+    numbers = [numbers_of(step.images) for step in steps]
+    assert all(len(set(sum(numbers[start : start + 5], []))) == 20 for start in (0, 5))
     for stopped, step in enumerate(steps[:-1]):
         goes_on = next(CropLoader(args, 3)._stream(**pickle.loads(pickle.dumps(step.state))))
         assert goes_on.epoch == steps[stopped + 1].epoch and goes_on.images == steps[stopped + 1].images
