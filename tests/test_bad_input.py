@@ -99,7 +99,7 @@ def test_recipe(changes, message, recipe, parquet_folder, out, capsys):
         (["--train_split", "validation"], "has no split validation; its splits are train, test"),
         (["--image_column", "photo"], "there is no column photo (--image_column); the columns are picture, kind"),
         (["--image_column", "kind"], "column kind holds no images"),
-        (["--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "latest", "--resume", "must"], "there is no checkpoint in"),
         (["--eval_steps", "5", "--eval_split", "val"], "has no split val; its splits are train, test"),
         (["--image_mean", "0.5", "0.5"], "image_mean must have one value or one for each of the 3 channels"),
     ],
@@ -151,7 +151,14 @@ def test_settings_of_the_launcher_that_training_would_not_follow(
 def test_checkpoint_of_another_network(recipe, parquet_folder, out, capsys):
     argv = ("--dataset_name", parquet_folder, *out)
     assert command(*recipe(max_steps=1), *argv).returncode == 0
-    changed = ("--resume_from_checkpoint", "latest", "--config_overrides", "out_dim=16")
+    changed = (
+        "--resume_from_checkpoint",
+        "latest",
+        "--allow_changed",
+        "max_steps",
+        "--config_overrides",
+        "out_dim=16",
+    )
     assert "is another network: it has out_dim 32, not 16" in answer(
         train_from_command_line, (*recipe(), *argv, *changed), capsys
     )

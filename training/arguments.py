@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_origin
+from typing import Literal, get_origin
 
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -88,7 +88,15 @@ class TrainingArguments(AugmentationArguments):
     output_dir: str | None = HfArg(default=None, help="Where the model, metrics.jsonl and checkpoints go.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start anew in an output_dir that holds another run.")
     resume_from_checkpoint: str | None = HfArg(
-        default=None, help="A checkpoint folder to continue from, or `latest` for the last one in output_dir."
+        default=None,
+        help="A checkpoint folder to go on from, or `latest` for the last whole one in output_dir; if there is none "
+        "yet, the run starts anew.",
+    )
+    resume: Literal["may", "must"] = HfArg(
+        default="may", help="Whether `latest` may start anew, or must find a checkpoint."
+    )
+    allow_changed: list[str] = HfArg(
+        default_factory=list, help="Settings that may differ from those of the checkpoint that the run goes on from."
     )
     save_steps: int | None = HfArg(default=None, help="Steps between checkpoints; every epoch by default.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")

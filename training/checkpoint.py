@@ -1,13 +1,18 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step_0000100/` holds `student/` and `teacher/` in the Hugging Face format, so that either opens by
-`from_pretrained`; `state.pt` (centre, optimiser, step, place in the data); and one `rank_N.pt` a process (random
-state, sums of the metrics that have not been written yet).
+`from_pretrained`; `state.pt` (centre, optimiser, step, place in the data); one `rank_N.pt` a process (random state,
+sums of the metrics that have not been written yet); and `manifest.json`: the settings, the versions of the libraries,
+and the size and hash of every file, by which a damaged checkpoint is known.
 """
 
+import hashlib
+import json
 import re
 import shutil
 import warnings
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,8 +20,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
 from modeling_dino import DINOConfig, DINOForPreTraining
+from modeling_dino.command_line import one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 
+from .agreement import Agreement
+from .arguments import TrainingArguments
 from .loss import DINOLoss
 
 
@@ -28,6 +36,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def save_checkpoint(
     accelerator: Accelerator,
+    agreement: Agreement,
     output_dir: Path,
     step: int,
     student: DINOForPreTraining,
@@ -37,12 +46,17 @@ def save_checkpoint(
     data_state: dict,
     running: torch.Tensor,
     image_processor,
-    total_limit: int,
+    args: TrainingArguments,
 ) -> None:
-    """Writes under a temporary name, renames when all processes are done, then drops the oldest above the limit."""
+    """Writes under a temporary name, renames when all processes are done, then drops the oldest above the limit.
+
+    Raises:
+        ValueError: on all processes, if one cannot write; what has been written before stays.
+    """
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
-    if accelerator.is_main_process:
+
+    def write_shared() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         student.save_pretrained(unfinished / "student")
         teacher.save_pretrained(unfinished / "teacher")
@@ -50,46 +64,150 @@ def save_checkpoint(
         state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict(), "data": data_state}
         state["num_processes"] = accelerator.num_processes
         torch.save(state, unfinished / "state.pt")
-    accelerator.wait_for_everyone()
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    rank = {"random": random, "running": running}
-    torch.save(rank, unfinished / f"rank_{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def write_own() -> None:
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        torch.save({"random": random, "running": running}, unfinished / f"rank_{accelerator.process_index}.pt")
+
+    def finish() -> None:
+        write_manifest(unfinished, step, accelerator.num_processes, args)
+        if folder.exists():  # of the run before this one went back; renamed first, so that no half of it is left
+            set_aside(folder)
         unfinished.rename(folder)
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+
+    for write, is_mine in ((write_shared, accelerator.is_main_process), (write_own, True),
+                           (finish, accelerator.is_main_process)):  # fmt: skip
+        reason = None
+        if is_mine:
+            try:
+                write()
+            except Exception as error:  # each library has its own for a disk that is full
+                reason = one_line(error)
+        if reason := agreement.first_of_any(reason):
+            if accelerator.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise ValueError(f"the checkpoint of step {step} cannot be written to {folder.parent}: {reason}")
+    if accelerator.is_main_process:
+        for old in list_checkpoints(output_dir)[: -args.save_total_limit]:
             shutil.rmtree(old)
+
+
+def write_manifest(folder: Path, step: int, num_processes: int, args: TrainingArguments) -> None:
+    """Says in `manifest.json` what the checkpoint is of, and what its files must be like."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    libraries = ("torch", "transformers", "accelerate", "datasets", "torchvision")
+    manifest = {
+        "step": step,
+        "num_processes": num_processes,
+        "arguments": asdict(args),
+        "versions": {name: version(name) for name in libraries},
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None for one that is as it was written."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"its manifest.json cannot be read ({type(error).__name__})"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
+        if _hash(path) != expected["sha256"]:
+            return f"{name} is not what was written"
+    return None
+
+
+def set_aside(folder: Path) -> None:
+    aside = folder.with_name(folder.name + ".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def set_later_checkpoints_aside(output_dir: Path, step: int) -> None:
     """Renames checkpoints of more than `step` steps, which a run that goes on from there would take for its own."""
     for folder in list_checkpoints(output_dir):
         if int(folder.name.removeprefix("step_")) > step:
-            aside = folder.with_name(folder.name + ".aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            set_aside(folder)
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
-    """The folder meant by --resume_from_checkpoint: a path, or `latest`.
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, must: bool) -> Path | None:
+    """The folder meant by --resume_from_checkpoint: a path, or `latest` for the last whole one, if there is any.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: a path that is no checkpoint, or a damaged one; checkpoints that all are damaged; none, if there
+            `must` be one.
     """
     if resume_from_checkpoint == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
-            raise ValueError(f"there is no checkpoint in {output_dir / 'checkpoints'} to resume from")
-        return found[-1]
+        folders = list_checkpoints(output_dir)
+        for folder in reversed(folders):
+            damage = find_damage(folder)
+            if damage is None:
+                return folder
+            warnings.warn(f"{folder} is damaged, {damage}; looking for the one before")
+        if must or folders:
+            kind = "whole checkpoint" if folders else "checkpoint"
+            raise ValueError(f"there is no {kind} in {output_dir / 'checkpoints'} to resume from")
+        return None
     folder = Path(resume_from_checkpoint)
-    if not (folder / "rank_0.pt").is_file():
+    if not (folder / "manifest.json").is_file():
         raise ValueError(
-            f"{folder} is no checkpoint of a run, which has state.pt and rank_0.pt; weights alone are for --init_from"
+            f"{folder} is no checkpoint of a run, which has a manifest.json; weights alone are for --init_from"
         )
+    if damage := find_damage(folder):
+        raise ValueError(f"{folder} is damaged: {damage}")
     return folder
+
+
+# settings that say where things are, or how a run is watched, and nothing of what is learned
+_ABOUT_THE_RUN = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "resume", "allow_changed", "init_from"),
+    *("save_steps", "save_total_limit", "logging_steps", "num_workers", "stream_timeout", "max_skipped_fraction"),
+    *("eval_steps", "eval_split", "label_column", "eval_crop_pct", "max_eval_samples", "per_device_eval_batch_size"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device"),
+    *("model_config", "config_overrides"),  # what they make is compared itself
+    "per_device_train_batch_size",  # of all processes together, see below
+}
+
+
+def check_same_settings(folder: Path, args: TrainingArguments, num_processes: int) -> None:
+    """Finds settings by which the run would not go on as it would have.
+
+    Raises:
+        ValueError: names them, unless they are in `args.allow_changed`.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    theirs, ours = manifest["arguments"], json.loads(json.dumps(asdict(args)))
+    before = theirs["per_device_train_batch_size"] * manifest["num_processes"]
+    now = args.per_device_train_batch_size * num_processes
+    changes = {name: (theirs.get(name), value) for name, value in ours.items() if name not in _ABOUT_THE_RUN}
+    changes["per_device_train_batch_size"] = (before, now)
+    for name, (before, now) in changes.items():
+        if before != now and name not in args.allow_changed:
+            of_all = ", of all processes" if name == "per_device_train_batch_size" else ""
+            raise ValueError(
+                f"{folder} was trained with {name} {before}{of_all}, not {now}: the run would not go on as it would "
+                f"have. --allow_changed {name} does so all the same"
+            )
 
 
 # fields of a config that say nothing about what the network computes of an image

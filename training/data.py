@@ -14,7 +14,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -22,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, interleave_datasets
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
@@ -33,8 +31,10 @@ from torch.utils.data import Dataset as TorchDataset
 from evaluation.images import BrokenImageError, EncodedImage, is_path, load_images
 from modeling_dino.command_line import one_line
 
+from .agreement import Agreement
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate, finish_crops
+from .interruption import leave_signals_to_parent
 
 
 SHUFFLE_WINDOW = 1024  # images of a stream that are shuffled among each other
@@ -202,17 +202,16 @@ class CropLoader:
         self.trouble = None  # what the network last failed with
         self.waited = self.waited_for_stream = 0.0  # seconds, so far
 
-    def batches(self, num_batches: int, state: dict | None = None) -> Iterator[CropBatch]:
+    def batches(
+        self, num_batches: int, state: dict | None = None, agreement: Agreement | None = None
+    ) -> Iterator[CropBatch]:
         """The next `num_batches`; from the start, or from where a `state_dict` was taken.
 
         Raises:
             DataError: on all processes, if one of them cannot get its batch. The state stays that of the last batch.
         """
         self.state = state or self.state
-        group = None
-        if PartialState().num_processes > 1:
-            patience = timedelta(seconds=self.args.stream_timeout) + dist.default_pg_timeout
-            group = dist.new_group(backend="gloo", timeout=patience)
+        agreement = agreement or Agreement(self.args.stream_timeout)
         images = self._map_style(**self.state) if self.is_map_style else self._stream(**self.state)
         if not self.is_map_style:
             images = read_ahead(images, READ_AHEAD, self.args.stream_timeout)
@@ -240,6 +239,7 @@ class CropLoader:
             batch_sampler=next_images(),
             collate_fn=partial(collate_what_decodes, args=self.args),
             num_workers=self.args.num_workers,
+            worker_init_fn=leave_signals_to_parent,
             pin_memory=torch.cuda.is_available(),
             # of its own, so that making a loader draws nothing from the generator that drops paths
             generator=torch.Generator(),
@@ -248,30 +248,21 @@ class CropLoader:
             loader = iter(loader)
             for _ in range(num_batches):
                 asked = time.perf_counter()
-                batch = self._next_on_all(loader, group)
+                batch = self._next_on_all(loader, agreement)
                 self.waited += time.perf_counter() - asked
                 self.state = states.popleft()
                 yield batch
         finally:
             images.close()
 
-    def _next_on_all(self, batches: Iterator[CropBatch], group: dist.ProcessGroup | None) -> CropBatch:
-        """The next batch. If a process cannot get one, that is an error on all, so that none waits for another.
-
-        They tell each other by way of their processors, so that no device has to be waited for.
-        """
+    def _next_on_all(self, batches: Iterator[CropBatch], agreement: Agreement) -> CropBatch:
+        """The next batch. If a process cannot get one, that is an error on all, so that none waits for another."""
         batch = reason = cause = None
         try:
             batch = next(batches)
         except Exception as error:  # of a library's reader, or that a worker was killed
             reason, cause = one_line(error), error
-        if group is not None:
-            failed = torch.tensor(reason is not None, dtype=torch.uint8)
-            dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-            if failed:
-                reasons = [None] * group.size()
-                dist.all_gather_object(reasons, reason, group=group)
-                reason = next(filter(None, reasons))
+        reason = agreement.first_of_any(reason)
         if reason is not None:
             raise DataError(reason) from cause
         return batch

@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ from modeling_dino.command_line import nearest
 from modeling_dino.configuration_dino import VIT_FIELDS
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .agreement import Agreement
 from .arguments import CONFIGS, TrainingArguments, find_config
 from .augmentation import CropBatch, finish_crops
 from .batch_norm import share_batch_norms_
 from .checkpoint import (
+    check_same_settings,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -36,6 +39,7 @@ from .checkpoint import (
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
+from .interruption import EXIT_CODE, noted_interruption
 from .loss import DINOLoss
 from .monitor import Monitor, draw_crops, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
@@ -280,6 +284,7 @@ def train(args: TrainingArguments) -> Path:
     Raises:
         ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
             which leaves the last checkpoint from before; or, when all is saved, an upload that failed.
+        SystemExit: with code 75, when SIGTERM, SIGINT or SIGUSR1 has asked for an end; a checkpoint is written before.
     """
     accelerator = make_accelerator()
     output_dir = Path(args.output_dir)
@@ -293,8 +298,15 @@ def train(args: TrainingArguments) -> Path:
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     evaluate = KNNEvaluation(args, image_processor) if args.eval_steps else None
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    holds_run = (output_dir / "metrics.jsonl").exists() or list_checkpoints(output_dir)
+    checkpoint = None
+    if args.resume_from_checkpoint:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
+    if checkpoint:
+        check_same_settings(checkpoint, args, accelerator.num_processes)
+    # a run that has no checkpoint yet is begun again by the command that began it
+    holds_run = list_checkpoints(output_dir) or (
+        (output_dir / "metrics.jsonl").exists() and not args.resume_from_checkpoint
+    )
     if holds_run and not checkpoint and not args.overwrite_output_dir:
         raise ValueError(
             f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
@@ -321,10 +333,12 @@ def train(args: TrainingArguments) -> Path:
         first_step, data_state, running = load_checkpoint(
             accelerator, checkpoint, student, teacher, dino_loss, optimizer
         )
-        if first_step >= num_steps:
+        if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
-    batches = loader.batches(num_steps - first_step, data_state)
-    batch = next(batches)  # images that cannot be read are found before another run is deleted
+    agreement = Agreement(args.stream_timeout)
+    batches = loader.batches(num_steps - first_step, data_state, agreement)
+    if first_step < num_steps:  # else all that it lacks is to be published
+        batch = next(batches)  # images that cannot be read are found before another run is deleted
 
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -349,75 +363,81 @@ def train(args: TrainingArguments) -> Path:
     def save(step: int) -> None:
         elapsed = monitor.pause()
         save_checkpoint(
-            accelerator, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(), running,
-            image_processor, args.save_total_limit,
+            accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(),
+            running, image_processor, args,
         )  # fmt: skip
         monitor.resume(elapsed)
 
     if evaluate and not first_step:
         run_evaluation(0)
     model.train()
-    for step in range(first_step, num_steps):
-        now = schedule(step)
-        if step > first_step:
-            try:
-                with monitor.waiting():
-                    batch = next(batches)
-            except DataError as error:
-                save(step)
-                monitor.close()
+    with closing(monitor), noted_interruption() as interruption:
+        for step in range(first_step, num_steps):
+            now = schedule(step)
+            if step > first_step:
+                try:
+                    with monitor.waiting():
+                        batch = next(batches)
+                except DataError as error:
+                    save(step)
+                    raise ValueError(
+                        f"{error}. What was learned until then is in {list_checkpoints(output_dir)[-1]}; "
+                        "--resume_from_checkpoint latest goes on from there"
+                    ) from error
+            monitor.skip(step + 1, batch.skipped)
+            if step == 0 and accelerator.is_main_process:
+                draw_crops(batch, args, output_dir)
+            loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, batch, now)
+            running += torch.stack([loss, entropy, torch.ones_like(loss)])
+            monitor.count(global_batch_size)
+            done = step + 1
+            is_last = done == num_steps
+            log_now, save_now = (
+                is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
+            )
+            if log_now or save_now:
+                sums = accelerator.reduce(running, "sum").tolist()
+                if not math.isfinite(sums[0]):
+                    raise ValueError(stopped_learning(done, sums[0], output_dir))
+            skipped = Counter()
+            if log_now:
+                skipped = sum(gather_object([monitor.skipped]), Counter())
+                mean_loss = sums[0] / sums[2]
+                monitor.log_step(
+                    done,
+                    {
+                        "epoch": done / steps_per_epoch,
+                        "loss": mean_loss,
+                        "loss_over_ln_k": mean_loss / math.log(config.out_dim),
+                        "teacher_entropy": sums[1] / sums[2],
+                        "learning_rate": now.learning_rate,
+                        "weight_decay": now.weight_decay,
+                        "teacher_momentum": now.teacher_momentum,
+                        "teacher_temp": now.teacher_temp,
+                        "skipped": dict(skipped),
+                    },
+                )
+                running.zero_()
+            num_seen = (done - first_step) * global_batch_size
+            too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
+            if save_now or too_many:
+                save(done)
+            if too_many:
                 raise ValueError(
-                    f"{error}. What was learned until then is in {list_checkpoints(output_dir)[-1]}; "
-                    "--resume_from_checkpoint latest goes on from there"
-                ) from error
-        monitor.skip(step + 1, batch.skipped)
-        if step == 0 and accelerator.is_main_process:
-            draw_crops(batch, args, output_dir)
-        loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, batch, now)
-        running += torch.stack([loss, entropy, torch.ones_like(loss)])
-        monitor.count(global_batch_size)
-        done = step + 1
-        is_last = done == num_steps
-        log_now, save_now = (
-            is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
-        )
-        if log_now or save_now:
-            sums = accelerator.reduce(running, "sum").tolist()
-            if not math.isfinite(sums[0]):
-                monitor.close()
-                raise ValueError(stopped_learning(done, sums[0], output_dir))
-        skipped = Counter()
-        if log_now:
-            skipped = sum(gather_object([monitor.skipped]), Counter())
-            mean_loss = sums[0] / sums[2]
-            monitor.log_step(
-                done,
-                {
-                    "epoch": done / steps_per_epoch,
-                    "loss": mean_loss,
-                    "loss_over_ln_k": mean_loss / math.log(config.out_dim),
-                    "teacher_entropy": sums[1] / sums[2],
-                    "learning_rate": now.learning_rate,
-                    "weight_decay": now.weight_decay,
-                    "teacher_momentum": now.teacher_momentum,
-                    "teacher_temp": now.teacher_temp,
-                    "skipped": dict(skipped),
-                },
-            )
-            running.zero_()
-        num_seen = (done - first_step) * global_batch_size
-        too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
-        if save_now or too_many:
-            save(done)
-        if too_many:
-            monitor.close()
-            raise ValueError(
-                f"{skipped.total()} of {num_seen} images are broken, more than max_skipped_fraction = "
-                f"{args.max_skipped_fraction}: {monitor.first_skipped()} (all are in {output_dir / 'skipped.jsonl'})"
-            )
-        if evaluate and (is_last or done % args.eval_steps == 0):
-            run_evaluation(done)
-    monitor.close()
+                    f"{skipped.total()} of {num_seen} images are broken, more than max_skipped_fraction = "
+                    f"{args.max_skipped_fraction}: {monitor.first_skipped()} (all are in "
+                    f"{output_dir / 'skipped.jsonl'})"
+                )
+            if evaluate and (is_last or done % args.eval_steps == 0):
+                run_evaluation(done)
+            if not is_last and (asked := agreement.first_of_any(interruption.name)):
+                if not save_now:
+                    save(done)
+                monitor.say(
+                    f"Stopped by {asked} after step {done} of {num_steps}; the same command with "
+                    "--resume_from_checkpoint latest goes on"
+                )
+                raise SystemExit(EXIT_CODE)
 
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)

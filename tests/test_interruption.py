@@ -1,0 +1,204 @@
+"""Runs that are killed, asked to stop, or find their checkpoints damaged, by the real commands."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
+
+
+TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+
+
+def start(*argv, launcher=("-m",)) -> subprocess.Popen:
+    """A run that goes on in the background, with its workers in a group of their own."""
+    command = [sys.executable, *launcher, "training", *map(str, argv)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def has_done(output_dir, step: int) -> bool:
+    path = output_dir / "metrics.jsonl"
+    return path.exists() and path.read_text().count('"loss"') >= step
+
+
+def wait_until(condition, running: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert running.poll() is None, running.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def assert_same_end(one, other) -> None:
+    assert losses(one) == losses(other)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.items())
+
+
+SETTINGS = [
+    pytest.param(processes, streaming, workers, marks=[] if fast else [pytest.mark.slow])
+    for processes, streaming, workers in itertools.product((1, 2), (False, True), (0, 2))
+    for fast in [(processes, streaming, workers) == (1, True, 2)]
+]
+
+
+@pytest.mark.parametrize(("processes", "streaming", "workers"), SETTINGS)
+def test_killed_run_ends_as_one_that_was_not(recipe, parquet_folder, tmp_path, processes, streaming, workers):  # noqa: F811
+    """Killed twice, wherever it then is: before its first checkpoint, while it writes one, or between two."""
+    launcher = TWO if processes == 2 else ("-m",)
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_workers", workers, "--num_train_epochs", 8)
+    argv += ("--save_steps", 2, "--save_total_limit", 2, "--per_device_train_batch_size", 8 // processes)
+    argv += ("--streaming", "--num_examples", 40) if streaming else ()
+    trained(*argv, "--output_dir", tmp_path / "whole", launcher=launcher)
+    chance = random.Random(f"{processes} {streaming} {workers}")
+    argv += ("--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
+    for _ in range(2):
+        running = start(*argv, launcher=launcher)
+        time.sleep(chance.uniform(2, 9))  # to start takes about half of it
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+    trained(*argv, launcher=launcher)
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("whom", ["process", "group"])
+def test_run_that_is_asked_to_stop_writes_a_checkpoint(recipe, parquet_folder, tmp_path, asked, whom):  # noqa: F811
+    """The process alone, or with its workers, as Ctrl-C and Slurm do."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_workers", 2, "--num_train_epochs", 40)
+    argv += ("--save_steps", 1000)
+    running = start(*argv, "--output_dir", tmp_path / "run")
+    wait_until(lambda: has_done(tmp_path / "run", 3), running)
+    (os.kill if whom == "process" else os.killpg)(running.pid, asked)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 75, printed
+    [checkpoint] = (tmp_path / "run/checkpoints").iterdir()
+    step = int(checkpoint.name[5:])
+    assert 3 <= step < 200 and len(losses(tmp_path / "run")) == step
+    assert f"Stopped by {asked.name} after step {step} of 200" in printed
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_asked_and_both_stop(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 40, "--save_steps", 1000)
+    argv += ("--per_device_train_batch_size", 4)
+    trained(*argv, "--output_dir", tmp_path / "whole", launcher=TWO)
+    running = start(*argv, "--output_dir", tmp_path / "run", launcher=TWO)
+    wait_until(lambda: has_done(tmp_path / "run", 3), running)
+    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGUSR1)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode != 0 and "Stopped by SIGUSR1 after step" in printed
+    trained(*argv, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", launcher=TWO)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, parquet_folder, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    argv = ("--config", recipe, "--dataset_name", parquet_folder)
+    trained(*argv, "--output_dir", folder)
+    return argv, folder
+
+
+def cut_short(path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, os.unlink])
+@pytest.mark.parametrize("name", ["state.pt", "teacher/model.safetensors", "rank_0.pt", "manifest.json"])
+def test_damaged_checkpoint_is_told_and_the_one_before_is_used(finished, tmp_path, capsys, name, damage):
+    from training.checkpoint import find_checkpoint
+
+    shutil.copytree(finished[1] / "checkpoints", tmp_path / "checkpoints")
+    *_, before, last = sorted((tmp_path / "checkpoints").iterdir())
+    if name == "manifest.json" and damage is flip_a_bit:
+        pytest.skip("a bit of the manifest may be one of a word that nobody needs")
+    damage(last / name)
+    with pytest.warns(UserWarning, match=f"{last.name} is damaged, .*{name.partition('/')[2] or name}"):
+        assert find_checkpoint(tmp_path, "latest", must=False) == before
+    with pytest.raises(ValueError, match=f"{last.name} is (damaged|no checkpoint)"):
+        find_checkpoint(tmp_path, str(last), must=False)
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path):
+    argv, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    *_, last = sorted((tmp_path / "run/checkpoints").iterdir())
+    cut_short(last / "state.pt")
+    again = command(*argv, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest")
+    assert again.returncode == 0, again.stderr
+    assert f"{last} is damaged, state.pt has" in again.stderr
+    assert_same_end(tmp_path / "run", folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--teacher_temp", "0.05"], "was trained with teacher_temp 0.04, not 0.05"),
+        (["--per_device_train_batch_size", "4"], "per_device_train_batch_size 8, of all processes, not 4"),
+        (["--num_train_epochs", "3"], "num_train_epochs 2, not 3"),
+        (["--blur_radius", "0.1", "1"], "blur_radius [0.1, 2.0], not [0.1, 1.0]"),
+        (["--seed", "3"], "seed 0, not 3"),
+    ],
+)
+def test_setting_that_changes_what_is_learned_does_not_change_by_accident(finished, tmp_path, flags, message):
+    argv, folder = finished
+    argv += ("--output_dir", tmp_path, "--resume_from_checkpoint", folder / "checkpoints/step_0000006", *flags)
+    refused = command(*argv)
+    assert (
+        refused.returncode == 2 and message in refused.stderr and f"--allow_changed {flags[0][2:]}" in refused.stderr
+    )
+    if flags[0] == "--num_train_epochs":
+        trained(*argv, "--allow_changed", "num_train_epochs", "--num_workers", "1", "--logging_steps", "3")
+        assert metrics(tmp_path)[-1]["step"] == 15
+
+
+def test_disk_that_is_full_leaves_the_last_checkpoint(finished, tmp_path):
+    """A limit on the size of files stands for the disk: writing fails in the middle of a file."""
+    argv, folder = finished
+    argv += ("--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
+    shutil.copytree(folder / "checkpoints/step_0000006", tmp_path / "checkpoints/step_0000006")
+    limit = (folder / "checkpoints/step_0000006/state.pt").stat().st_size // 2
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from training.__main__ import main; main()"
+    )
+    full = subprocess.run([sys.executable, "-c", script, *map(str, argv)], capture_output=True, text=True, timeout=120)
+    assert full.returncode == 2, full.stderr
+    [message] = [line for line in full.stderr.splitlines() if line.startswith("dino-train: error: ")]
+    assert "the checkpoint of step 9 cannot be written to" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000006"]
+    trained(*argv, "--resume", "must")
+    assert losses(tmp_path) == losses(folder)[6:]
+
+
+def test_manifest_says_what_the_checkpoint_is_of(finished):
+    manifest = json.loads((finished[1] / "checkpoints/step_0000006/manifest.json").read_text())
+    assert manifest["step"] == 6 and manifest["num_processes"] == 1
+    assert (
+        manifest["arguments"]["teacher_temp"] == 0.04
+        and manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+    )

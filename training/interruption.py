@@ -1,0 +1,44 @@
+"""A run that is told to stop finishes its step, writes a checkpoint, and says by its exit code that it can go on."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+EXIT_CODE = 75  # "temporary failure; try again", in sysexits.h
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # scancel and preemption, Ctrl-C, Slurm's --signal=USR1@...
+
+
+class Interruption:
+    """What has been asked for, so far."""
+
+    name: str | None = None  # of the signal
+
+
+@contextmanager
+def noted_interruption() -> Iterator[Interruption]:
+    """Within, the signals are noted instead of ending the process; a second Ctrl-C ends it at once.
+
+    Outside the main thread, where Python lets nobody listen to signals, none will be noted.
+    """
+    interruption = Interruption()
+
+    def note(number: int, _) -> None:
+        if number == signal.SIGINT and interruption.name is not None:
+            raise KeyboardInterrupt
+        interruption.name = signal.Signals(number).name
+
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, note) for number in SIGNALS} if is_main else {}
+    try:
+        yield interruption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_parent(_: int) -> None:
+    """For a loader's workers: signals go to all processes of a job, and the batches underway are still needed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
