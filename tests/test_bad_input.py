@@ -137,7 +137,6 @@ def test_data_of_which_nothing_can_be_decoded_is_no_start(recipe, flat_folder, t
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps of accelerate launch must be 1"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision of accelerate launch must be no or bf16, got fp16"),
     ],
 )

@@ -157,7 +157,7 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_path
     ("flags", "message"),
     [
         (["--teacher_temp", "0.05"], "was trained with teacher_temp 0.04, not 0.05"),
-        (["--per_device_train_batch_size", "4"], "per_device_train_batch_size 8, of all processes, not 4"),
+        (["--per_device_train_batch_size", "4"], "per_device_train_batch_size 8, of all processes together, not 4"),
         (["--num_train_epochs", "3"], "num_train_epochs 2, not 3"),
         (["--blur_radius", "0.1", "1"], "blur_radius [0.1, 2.0], not [0.1, 1.0]"),
         (["--seed", "3"], "seed 0, not 3"),
@@ -197,7 +197,7 @@ def test_disk_that_is_full_leaves_the_last_checkpoint(finished, tmp_path):
 
 def test_manifest_says_what_the_checkpoint_is_of(finished):
     manifest = json.loads((finished[1] / "checkpoints/step_0000006/manifest.json").read_text())
-    assert manifest["step"] == 6 and manifest["num_processes"] == 1
+    assert manifest["step"] == 6 and manifest["global_batch_size"] == 8
     assert (
         manifest["arguments"]["teacher_temp"] == 0.04
         and manifest["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -265,6 +265,25 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
     assert knn[0] == pytest.approx(knn[1], abs=100 / 12 + 1e-6)  # 12 images; one may sit on the border
 
 
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_accumulated_batches_train_as_a_large_one(recipe, parquet_folder, tmp_path, num_processes):
+    """Centre and teacher move once a step. Stopped on the way, as well."""
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    options = {"launcher": launcher} if num_processes == 2 else {}
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
+    trained(*argv, "--output_dir", tmp_path / "large")
+    argv += ("--per_device_train_batch_size", 8 // 4 // num_processes, "--num_workers", 1)
+    options["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"
+    trained(*argv, "--output_dir", tmp_path / "small", **options)
+    trained(*argv, "--output_dir", tmp_path / "small", "--resume_from_checkpoint",
+            tmp_path / "small/checkpoints/step_0000003", **options)  # fmt: skip
+    assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "large"), rel=1e-5)
+    small, large = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "large"))
+    for name, tensor in large.items():
+        if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding noise
+            torch.testing.assert_close(small[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_run_goes_on_with_another_number_of_processes(recipe, parquet_folder, tmp_path):
     """At the same place of the epoch: with the same batch of all of them, as if nothing had happened."""
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")

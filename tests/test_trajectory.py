@@ -62,7 +62,7 @@ def test_adamw_trajectory_is_the_originals(monkeypatch):
             assert value == pytest.approx(expected[name][step].item(), rel=1e-14)
         crops = [expected[f"step.{step}.{kind}"].flatten(0, 1) for kind in ("global", "local")]
         batch = CropBatch(crops, [None, None])
-        loss, _ = train_step(accelerator, args, student, teacher, dino_loss, optimizer, batch, now)
+        loss, _ = train_step(accelerator, args, student, teacher, dino_loss, optimizer, [batch], now)
         assert loss.item() == pytest.approx(expected["loss"][step].item(), rel=5e-6)
         torch.testing.assert_close(dino_loss.center, expected[f"step.{step}.center"], rtol=0, atol=1e-6)
 

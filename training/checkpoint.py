@@ -47,6 +47,7 @@ def save_checkpoint(
     running: torch.Tensor,
     image_processor,
     args: TrainingArguments,
+    global_batch_size: int,
 ) -> None:
     """Writes under a temporary name, renames when all processes are done, then drops the oldest above the limit.
 
@@ -72,7 +73,7 @@ def save_checkpoint(
         torch.save({"random": random, "running": running}, unfinished / f"rank_{accelerator.process_index}.pt")
 
     def finish() -> None:
-        write_manifest(unfinished, step, accelerator.num_processes, args)
+        write_manifest(unfinished, step, args, global_batch_size)
         if folder.exists():  # of the run before this one went back; renamed first, so that no half of it is left
             set_aside(folder)
         unfinished.rename(folder)
@@ -94,7 +95,7 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
-def write_manifest(folder: Path, step: int, num_processes: int, args: TrainingArguments) -> None:
+def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batch_size: int) -> None:
     """Says in `manifest.json` what the checkpoint is of, and what its files must be like."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _hash(path)}
@@ -104,7 +105,7 @@ def write_manifest(folder: Path, step: int, num_processes: int, args: TrainingAr
     libraries = ("torch", "transformers", "accelerate", "datasets", "torchvision")
     manifest = {
         "step": step,
-        "num_processes": num_processes,
+        "global_batch_size": global_batch_size,
         "arguments": asdict(args),
         "versions": {name: version(name) for name in libraries},
         "files": files,
@@ -189,7 +190,7 @@ _ABOUT_THE_RUN = {
 }
 
 
-def check_same_settings(folder: Path, args: TrainingArguments, num_processes: int) -> None:
+def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size: int) -> None:
     """Finds settings by which the run would not go on as it would have.
 
     Raises:
@@ -197,13 +198,11 @@ def check_same_settings(folder: Path, args: TrainingArguments, num_processes: in
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     theirs, ours = manifest["arguments"], json.loads(json.dumps(asdict(args)))
-    before = theirs["per_device_train_batch_size"] * manifest["num_processes"]
-    now = args.per_device_train_batch_size * num_processes
     changes = {name: (theirs.get(name), value) for name, value in ours.items() if name not in _ABOUT_THE_RUN}
-    changes["per_device_train_batch_size"] = (before, now)
+    changes["per_device_train_batch_size"] = (manifest["global_batch_size"], global_batch_size)
     for name, (before, now) in changes.items():
         if before != now and name not in args.allow_changed:
-            of_all = ", of all processes" if name == "per_device_train_batch_size" else ""
+            of_all = ", of all processes together" if name == "per_device_train_batch_size" else ""
             raise ValueError(
                 f"{folder} was trained with {name} {before}{of_all}, not {now}: the run would not go on as it would "
                 f"have. --allow_changed {name} does so all the same"

@@ -50,7 +50,7 @@ class Images(NamedTuple):
     epoch: int
     positions: list[int]  # in the epoch
     images: list[int] | list[dict]
-    state: dict  # from which the next step goes on
+    state: dict | None  # from which the next step goes on; None before the last batch of a step
 
 
 class DataError(ValueError):
@@ -186,17 +186,25 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
 
 
 class CropLoader:
-    """Endless batches of crops: `num_images` an epoch (unknown for some streams), `state_dict` of where it stands."""
+    """Endless batches of crops: `num_images` an epoch (unknown for some streams), `state_dict` of where it stands.
 
-    def __init__(self, args: TrainingArguments, num_channels: int):
+    Args:
+        args: Where the images come from, and what becomes of them.
+        num_channels: Channels that the model takes.
+        num_accumulated: Batches of a process that make one step.
+    """
+
+    def __init__(self, args: TrainingArguments, num_channels: int, num_accumulated: int = 1):
         self.args = args
         self.num_channels = num_channels
         self.dataset, num_images = load_training_images(args)
         self.is_map_style = isinstance(self.dataset, Dataset)
         self.num_images = num_images if self.is_map_style else args.num_examples or num_images
         process, batch_size = PartialState(), args.per_device_train_batch_size
-        self.global_batch_size = batch_size * process.num_processes
-        self.slice = slice(batch_size * process.process_index, batch_size * (process.process_index + 1))
+        self.num_accumulated = num_accumulated
+        self.global_batch_size = batch_size * process.num_processes * num_accumulated
+        owners = np.arange(self.global_batch_size) // batch_size % process.num_processes
+        self.places = np.flatnonzero(owners == process.process_index)  # of this process, in a global batch
         self.state = {"epoch": 0, "position": 0, "window": None}
         self.is_remote = not all(map(is_path, (args.dataset_name, *args.mix_with)))
         self.trouble = None  # what the network last failed with
@@ -205,10 +213,10 @@ class CropLoader:
     def batches(
         self, num_batches: int, state: dict | None = None, agreement: Agreement | None = None
     ) -> Iterator[CropBatch]:
-        """The next `num_batches`; from the start, or from where a `state_dict` was taken.
+        """The next `num_batches`; from the start, or from where a `state_dict` was taken, which is between two steps.
 
         Raises:
-            DataError: on all processes, if one of them cannot get its batch. The state stays that of the last batch.
+            DataError: on all processes, if one of them cannot get its batch. The state stays that of the last step.
         """
         self.state = state or self.state
         agreement = agreement or Agreement(self.args.stream_timeout)
@@ -250,7 +258,7 @@ class CropLoader:
                 asked = time.perf_counter()
                 batch = self._next_on_all(loader, agreement)
                 self.waited += time.perf_counter() - asked
-                self.state = states.popleft()
+                self.state = states.popleft() or self.state
                 yield batch
         finally:
             images.close()
@@ -272,10 +280,10 @@ class CropLoader:
         while True:
             order = np.random.default_rng([self.args.seed, epoch]).permutation(self.num_images)
             while position + self.global_batch_size <= self.num_images:
-                positions = list(range(position + self.slice.start, position + self.slice.stop))
-                images = order[positions].tolist()
+                images = order[position + self.places].tolist()
+                state = {"epoch": epoch, "position": position + self.global_batch_size, "window": None}
+                yield from self._batches_of_step(epoch, position, images, state)
                 position += self.global_batch_size
-                yield Images(epoch, positions, images, {"epoch": epoch, "position": position, "window": None})
             epoch, position = epoch + 1, 0
 
     def _stream(self, epoch: int, position: int, window: dict | None) -> Iterator[Images]:
@@ -293,14 +301,13 @@ class CropLoader:
                 while taken < len(table):
                     part = order[taken : taken + self.global_batch_size - filled]
                     places = filled + np.arange(len(part))  # in the global batch
-                    mine = part[(self.slice.start <= places) & (places < self.slice.stop)]
-                    images += table.take(mine).to_pylist()
+                    images += table.take(part[np.isin(places, self.places)]).to_pylist()
                     filled, taken = filled + len(part), taken + len(part)
                     if filled == self.global_batch_size:
-                        positions = list(range(position + self.slice.start, position + self.slice.stop))
+                        window = {"stream": before, "taken": taken}
+                        state = {"epoch": epoch, "position": position + filled, "window": window}
+                        yield from self._batches_of_step(epoch, position, images, state)
                         position += filled
-                        state = {"epoch": epoch, "position": position, "window": {"stream": before, "taken": taken}}
-                        yield Images(epoch, positions, images, state)
                         images, filled = [], 0
                 taken = 0
             if not position:
@@ -309,6 +316,14 @@ class CropLoader:
                     "processes"
                 )
             epoch, position, window = epoch + 1, 0, None
+
+    def _batches_of_step(self, epoch: int, position: int, images: list, state: dict) -> Iterator[Images]:
+        """This process's images of a step, which begins at a position of the epoch, batch by batch."""
+        size = len(images) // self.num_accumulated
+        for first in range(0, len(images), size):
+            part = slice(first, first + size)
+            is_last = first + size == len(images)
+            yield Images(epoch, (position + self.places[part]).tolist(), images[part], state if is_last else None)
 
     def _windows(self, dataset: IterableDataset, before: dict | None) -> Iterator[tuple[dict | None, Table]]:
         """Consecutive images from a state of the stream on, each time with the state before them.
@@ -350,5 +365,5 @@ class CropLoader:
         )
 
     def state_dict(self) -> dict:
-        """Where the last batch that was taken left the data; the same on every process."""
+        """Where the last step whose batches were all taken left the data; the same on every process."""
         return self.state

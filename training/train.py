@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -226,22 +226,30 @@ def train_step(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
-    batch: CropBatch,
+    batches: list[CropBatch],
     now: Hyperparameters,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step. `student` may be wrapped by DDP. Returns the loss and the mean entropy of the teacher's targets."""
+    """One step, of one batch or several whose gradients are accumulated. `student` may be wrapped by DDP.
+
+    Returns the loss and the mean entropy of the teacher's targets.
+    """
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
-    crops = finish_crops(batch, accelerator.device, args)
-    # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
-    with torch.no_grad():
-        teacher_logits = teacher(crops[0]).logits
-    student_logits = student(crops).logits
-    loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
-    entropy = torch.special.entr(dino_loss.teacher_probs(teacher_logits, now.teacher_temp)).sum(-1).mean()
-    accelerator.backward(loss)
+    losses, entropies, logits_sum, num_rows = [], [], 0, 0
+    for number, batch in enumerate(batches, start=1):
+        crops = finish_crops(batch, accelerator.device, args)
+        # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
+        with nullcontext() if number == len(batches) else accelerator.no_sync(student):
+            with torch.no_grad():
+                teacher_logits = teacher(crops[0]).logits
+            student_logits = student(crops).logits
+            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
+            accelerator.backward(loss)  # of the loss over the number of batches
+        losses.append(loss.detach())
+        entropies.append(torch.special.entr(dino_loss.teacher_probs(teacher_logits, now.teacher_temp)).sum(-1).mean())
+        logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     unwrapped = accelerator.unwrap_model(student)
     if args.clip_grad:
@@ -250,9 +258,9 @@ def train_step(
         drop_last_layer_gradients(unwrapped)
     optimizer.step()
     optimizer.zero_grad()
-    dino_loss.update_center(teacher_logits)
+    dino_loss.update_center(logits_sum, num_rows)
     update_teacher_(teacher, unwrapped, now.teacher_momentum)
-    return loss.detach(), entropy
+    return torch.stack(losses).mean(), torch.stack(entropies).mean()
 
 
 def make_accelerator() -> Accelerator:
@@ -266,11 +274,6 @@ def make_accelerator() -> Accelerator:
         raise ValueError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
             "on CPU, set ACCELERATE_USE_CPU=true"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradients are not accumulated: gradient_accumulation_steps of accelerate launch must be 1, got "
-            f"{accelerator.gradient_accumulation_steps}"
         )
     requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested not in ("no", "bf16"):
@@ -293,8 +296,9 @@ def train(args: TrainingArguments) -> Path:
     hub_datasets = [name for name in (args.dataset_name, *args.mix_with) if not is_path(name)]
     config = load_config(args)
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
-    loader = CropLoader(args, config.num_channels)
-    global_batch_size = args.per_device_train_batch_size * accelerator.num_processes
+    num_accumulated = accelerator.gradient_accumulation_steps
+    loader = CropLoader(args, config.num_channels, num_accumulated)
+    global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     evaluate = KNNEvaluation(args, image_processor) if args.eval_steps else None
@@ -302,7 +306,7 @@ def train(args: TrainingArguments) -> Path:
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
     if checkpoint:
-        check_same_settings(checkpoint, args, accelerator.num_processes)
+        check_same_settings(checkpoint, args, global_batch_size)
     # a run that has no checkpoint yet is begun again by the command that began it
     holds_run = list_checkpoints(output_dir) or (
         (output_dir / "metrics.jsonl").exists() and not args.resume_from_checkpoint
@@ -336,9 +340,10 @@ def train(args: TrainingArguments) -> Path:
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
     agreement = Agreement(args.stream_timeout)
-    batches = loader.batches(num_steps - first_step, data_state, agreement)
+    batches = loader.batches((num_steps - first_step) * num_accumulated, data_state, agreement)
     if first_step < num_steps:  # else all that it lacks is to be published
-        batch = next(batches)  # images that cannot be read are found before another run is deleted
+        # images that cannot be read are found before another run is deleted
+        step_batches = [next(batches) for _ in range(num_accumulated)]
 
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -364,7 +369,7 @@ def train(args: TrainingArguments) -> Path:
         elapsed = monitor.pause()
         save_checkpoint(
             accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(),
-            running, image_processor, args,
+            running, image_processor, args, global_batch_size,
         )  # fmt: skip
         monitor.resume(elapsed)
 
@@ -377,17 +382,17 @@ def train(args: TrainingArguments) -> Path:
             if step > first_step:
                 try:
                     with monitor.waiting():
-                        batch = next(batches)
+                        step_batches = [next(batches) for _ in range(num_accumulated)]
                 except DataError as error:
                     save(step)
                     raise ValueError(
                         f"{error}. What was learned until then is in {list_checkpoints(output_dir)[-1]}; "
                         "--resume_from_checkpoint latest goes on from there"
                     ) from error
-            monitor.skip(step + 1, batch.skipped)
+            monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
             if step == 0 and accelerator.is_main_process:
-                draw_crops(batch, args, output_dir)
-            loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, batch, now)
+                draw_crops(step_batches[0], args, output_dir)
+            loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, step_batches, now)
             running += torch.stack([loss, entropy, torch.ones_like(loss)])
             monitor.count(global_batch_size)
             done = step + 1
