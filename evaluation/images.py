@@ -172,8 +172,11 @@ def load_images(
     dataset = splits[split]
     if dataset.features is None:
         dataset = dataset._resolve_features()
-    image_column = _find_image_column(dataset.features, image_column)
-    label_column = _find_label_column(dataset.features, label_column) if with_labels else None
+    try:
+        image_column = _find_image_column(dataset.features, image_column)
+        label_column = _find_label_column(dataset.features, label_column) if with_labels else None
+    except ValueError as error:
+        raise ValueError(f"{dataset_name}: {error}") from None
     chosen = {image_column: "image"} | ({} if label_column is None else {label_column: "label"})
     if streaming and dataset.info.builder_name == "parquet":
         dataset = _load(dataset_name, config_name, streaming, columns=list(chosen))[split]
@@ -222,8 +225,10 @@ class EncodedImage:
         ValueError: a number of channels that no file has, or another than the arrays'.
     """
 
-    def __init__(self, image: dict | list | np.ndarray, num_channels: int):
+    def __init__(self, image: dict | list | np.ndarray | None, num_channels: int):
         self.num_channels = num_channels
+        if image is None:
+            raise BrokenImageError("without a file name", "missing", "is missing: its row holds none")
         if not isinstance(image, dict):
             self._pixels = _channels_first(np.asarray(image, dtype=np.uint8), num_channels)
             self.height, self.width = self._pixels.shape[1:]
@@ -239,7 +244,7 @@ class EncodedImage:
             if self._file.mode[0] in "IF":
                 reason = f"has Pillow's mode {self._file.mode}, and not 8 bits a channel"
                 raise BrokenImageError(self.name, "not 8 bits", reason)
-            is_on_its_side = self._file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            is_on_its_side = self._file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             self.width, self.height = self._file.size[::-1] if is_on_its_side else self._file.size
 
     def decode(self, reduction: int = 1) -> np.ndarray:

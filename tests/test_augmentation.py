@@ -412,7 +412,7 @@ def test_large_jpegs_are_decoded_as_large_as_every_crop_needs_them(reductions, m
     assert max(reductions) == (8 if local_size == 16 else 1)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6, 7, 9])
 def test_crops_of_a_reduced_jpeg_are_those_of_the_whole_one(reductions, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation

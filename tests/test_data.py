@@ -21,7 +21,7 @@ from training import data
 from training.arguments import TrainingArguments
 from training.augmentation import finish_crops
 from training.check import check_from_command_line
-from training.data import CropLoader
+from training.data import CropLoader, order_of_epoch
 
 
 NUM_IMAGES = 6
@@ -699,7 +699,8 @@ def test_mixed_images_come_once_in_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-def test_mixed_images_come_in_the_shares_of_their_weights(tmp_path, streaming):
+def test_mixed_images_come_in_the_shares_of_their_weights(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.02)  # whenever a data set begins anew
     many, few = write_two(tmp_path)
     loader = CropLoader(arguments(many, mix_with=[str(few)], mix_weights=[1.0, 3.0], streaming=streaming), 3)
     numbers = sum(map(numbers_in, take(loader, 100)), [])
@@ -719,6 +720,7 @@ def test_image_that_comes_twice_in_an_epoch_is_cropped_twice(tmp_path):
 @pytest.mark.parametrize("weights", [[], [2.0, 1.0]], ids=["once", "weighted"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
 def test_mixed_images_go_on_as_if_uninterrupted(tmp_path, monkeypatch, streaming, weights):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.02)  # whenever a data set begins anew
     monkeypatch.setattr(data, "SHUFFLE_WINDOW", 5)
     many, few = write_two(tmp_path)
     for folder, number in ((many, 12), (few, 4)):  # as data sets of the Hub say it
@@ -794,3 +796,26 @@ def test_advice_tells_a_slow_stream_from_slow_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "_stream", slowly)
     take(loader, 4)
     assert "the stream is slower than the training; do without --streaming" in loader.advice()
+
+
+def test_weighted_images_of_a_data_set_come_equally_often():
+    """300 of 600 images an epoch from each, of 500 and of 100: the latter three times."""
+    for epoch in range(5):
+        indices = order_of_epoch(0, epoch, [500, 100], [1.0, 1.0])
+        counts = np.bincount(indices, minlength=600)
+        assert counts[:500].sum() == counts[500:].sum() == 300 and (counts[500:] == 3).all()
+    indices = np.concatenate([order_of_epoch(0, epoch, [500, 100], [1.0, 1.0]) for epoch in range(5)])
+    assert (np.bincount(indices)[:500] == 3).all()
+
+
+def test_missing_image_of_a_row_is_replaced_and_listed(tmp_path, capsys):
+    rows = [{"bytes": encoded(numbered_picture(i)), "path": None} for i in range(7)] + [None]
+    Dataset.from_dict({"image": rows}, features=Features({"image": datasets.Image()})).to_parquet(
+        tmp_path / "images.parquet"
+    )
+    for streaming in (False, True):
+        batches = take(CropLoader(arguments(tmp_path / "images.parquet", streaming=streaming), 3), 2)
+        [skipped] = sum((batch.skipped for batch in batches), [])
+        assert skipped["kind"] == "missing"
+    check_from_command_line([str(tmp_path / "images.parquet")])
+    assert "8 images, 1 of them would be skipped: 1 missing" in capsys.readouterr().out

@@ -1,8 +1,10 @@
 """Training from a Hub on 127.0.0.1 whose network fails, by the real commands."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from .hub import Hub
 from .test_hub import client
+from .test_interruption import has_done, start, wait_until
 from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
 
 
@@ -77,6 +80,21 @@ def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, n
     hub.last_fault = ""
     trained(*flags("stopped", "--resume_from_checkpoint", "latest"), **options)
     assert losses(folder / "stopped") == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("fault", ["503", "stall"])
+def test_run_that_waits_for_the_network_can_be_told_to_stop(hub, streamed, fault):
+    flags, folder, environment = streamed
+    hub.faults.extend(BEFORE)
+    hub.last_fault = fault
+    running = start(*flags("stopped"), **environment)
+    wait_until(lambda: has_done(folder / "stopped", 10), running)
+    os.kill(running.pid, signal.SIGTERM)
+    asked = time.monotonic()
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 75 and "Stopped by SIGTERM after step 10 of 30" in printed, printed
+    assert time.monotonic() - asked < 15  # the library tries for longer, and stream_timeout is half an hour
+    assert (folder / "stopped/checkpoints/step_0000010/manifest.json").is_file()
 
 
 def test_imagenet_streams_by_its_recipe(hub, parquet_folder, tmp_path):

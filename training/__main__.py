@@ -1,11 +1,15 @@
 """`accelerate launch -m training --config configs/X.yaml ...`, or `dino-train ...`."""
 
+import os
+import sys
+
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
 from modeling_dino.command_line import run
 
 from .arguments import parse_arguments
+from .data import left_behind
 from .train import train
 
 
@@ -17,7 +21,14 @@ def train_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run("dino-train", train_from_command_line)
+    try:
+        run("dino-train", train_from_command_line)
+    except SystemExit as end:
+        if left_behind:  # Python would end under their feet, and they would abort it; all that matters is written
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,13 @@ class TrainingArguments(AugmentationArguments):
     train_split: str = HfArg(default="train", help="Split to train on.")
     image_column: str | None = HfArg(default=None, help="Column of the images; found by itself when there is one.")
     mix_with: list[str] = HfArg(
-        default_factory=list, help="More data sets to train on, as ids or paths; k-NN is of dataset_name alone."
+        default_factory=list,
+        help="More data sets to train on, as ids or paths, each with one column of images; k-NN is of dataset_name.",
     )
     mix_weights: list[float] = HfArg(
         default_factory=list,
-        help="Share of the images that come from dataset_name and each of mix_with. Default: every image once.",
+        help="Share of the images that come from dataset_name and each of mix_with. Default: every image once, for "
+        "which streams must know how many they have.",
     )
     streaming: bool = HfArg(default=False, help="Read the data while training, without preparing it first.")
     stream_timeout: float = HfArg(
@@ -119,13 +122,17 @@ class TrainingArguments(AugmentationArguments):
         for name in ("dataset_name", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing; give --{name}")
-        if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix_with):
+        if "" in self.mix_with:
+            raise ValueError(f"mix_with must be names or paths of data sets, got {self.mix_with}")
+        if self.mix_weights and (not self.mix_with or len(self.mix_weights) != 1 + len(self.mix_with)):
             raise ValueError(
                 f"mix_weights must be {1 + len(self.mix_with)} numbers, for dataset_name and each of mix_with, got "
                 f"{self.mix_weights}"
             )
-        if not all(weight > 0 for weight in self.mix_weights):
-            raise ValueError(f"mix_weights must be above 0, got {self.mix_weights}")
+        if not all(0 < weight < math.inf for weight in self.mix_weights):
+            raise ValueError(f"mix_weights must be above 0 and finite, got {self.mix_weights}")
+        if not 0 < self.stream_timeout <= 1e6:
+            raise ValueError(f"stream_timeout must be above 0 and at most 1e6 seconds, got {self.stream_timeout}")
         for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "num_examples", "save_steps",
                      "save_total_limit", "logging_steps", "eval_steps", "max_eval_samples",
                      "per_device_eval_batch_size"):  # fmt: skip
@@ -136,7 +143,7 @@ class TrainingArguments(AugmentationArguments):
                      "min_learning_rate"):  # fmt: skip
             if not getattr(self, name) >= 0:  # so that nan is none
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("stream_timeout", "student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("momentum_teacher", "center_momentum"):

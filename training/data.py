@@ -13,7 +13,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -22,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
+from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import Table
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -42,6 +44,7 @@ READ_AHEAD = 4  # batches of a stream that are read before they are needed
 NETWORK_ERRORS = (OSError, *CONNECTION_ERRORS_TO_RETRY)
 
 logger = logging.getLogger(__name__)
+left_behind: list[Thread] = []  # readers that wait for a network, and that nobody waits for
 
 
 class Images(NamedTuple):
@@ -101,13 +104,21 @@ def replace_broken_(samples: list) -> list[dict[str, str]]:
     return skipped
 
 
-def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
+class StreamTimeoutError(Exception):
+    """An image was waited for in vain."""
+
+
+def read_ahead(
+    items: Iterator, depth: int, timeout: float, stopped: Event, is_interrupted: Callable[[], bool]
+) -> Iterator:
     """The same items, of an endless iterator, read by a thread up to `depth` of them before they are asked for.
 
+    Sets `stopped` when no more are wanted.
+
     Raises:
-        TimeoutError: when one does not come within `timeout` seconds.
+        StreamTimeoutError: when one does not come within `timeout` seconds, or until `is_interrupted`.
     """
-    wanted, found, patience = SimpleQueue(), SimpleQueue(), 60
+    wanted, found, patience = SimpleQueue(), SimpleQueue(), 20
 
     def read() -> None:
         while wanted.get() and not stopped.is_set():
@@ -116,15 +127,25 @@ def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
             except Exception as error:  # is raised where the item is asked for
                 found.put((None, error))
 
-    stopped = Event()
-    reader = Thread(target=read, daemon=True)  # or the process could not end before a network answers
+    # its end is waited for a while, as a process that ends within Arrow's reader is aborted: see `left_behind`
+    reader = Thread(target=read, daemon=True)
     reader.start()
 
     def stop() -> None:
-        """Lets what is being read be read, as a process that ends within Arrow's reader is aborted."""
         stopped.set()
         wanted.put(False)
         reader.join(patience)
+        if reader.is_alive():
+            left_behind.append(reader)
+
+    def next_found():
+        end = time.monotonic() + timeout
+        while (rest := end - time.monotonic()) > 0:
+            with suppress(Empty):
+                return found.get(timeout=min(rest, 0.5))
+            if is_interrupted():
+                break
+        raise StreamTimeoutError
 
     atexit.register(stop)
     try:
@@ -132,10 +153,10 @@ def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
             wanted.put(True)
         while True:
             try:
-                item, error = found.get(timeout=timeout)
-            except Empty:
-                patience = 0
-                raise TimeoutError from None
+                item, error = next_found()
+            except StreamTimeoutError:
+                patience = 0  # it waits for a network
+                raise
             if error is not None:
                 raise error
             wanted.put(True)
@@ -145,16 +166,22 @@ def read_ahead(items: Iterator, depth: int, timeout: float) -> Iterator:
         stop()
 
 
-def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDataset, int | None]:
-    """The images of all data sets that are trained on, mixed, and how many an epoch has, where that is known.
+def is_network_trouble(error: Exception) -> bool:
+    """Whether it may pass: not what the Hub refuses, and not a file that is not there."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return not isinstance(error, (FileNotFoundError, PermissionError))
 
-    By `mix_weights`, an epoch lasts until every image has been seen, and those of small data sets come several times.
+
+def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDataset, list[int | None]]:
+    """The images of all data sets that are trained on, and how many each has, where that is known.
+
+    Map-style data sets follow one another; streams are mixed. By `mix_weights`, the epoch of a stream lasts until
+    every image has been seen, and those of small data sets come several times.
     """
     parts, lengths = [], []
-    for name in (args.dataset_name, *args.mix_with):
-        config_name, column = (
-            (args.dataset_config_name, args.image_column) if name == args.dataset_name else (None, None)
-        )
+    for number, name in enumerate((args.dataset_name, *args.mix_with)):
+        config_name, column = (None, None) if number else (args.dataset_config_name, args.image_column)
         part = load_images(name, config_name, args.train_split, column, None, args.streaming, with_labels=False)
         if isinstance(part, Dataset):
             lengths.append(len(part))
@@ -171,18 +198,42 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
                 f"{parts[0].features['image']}"
             )
     if len(parts) == 1:
-        return parts[0], lengths[0]
+        return parts[0], lengths
+    if isinstance(parts[0], Dataset):
+        return concatenate_datasets(parts), lengths
     if not args.mix_weights and None in lengths:
-        raise ValueError("how many images these streams have is not known; to mix them, give --mix_weights")
+        raise ValueError(
+            "how many images these streams have is not known; to mix them, give --mix_weights, and --num_examples or "
+            "--max_steps"
+        )
+    weights = np.array(args.mix_weights or lengths, dtype=float)
     mixed = interleave_datasets(
         parts,
-        probabilities=(np.array(args.mix_weights or lengths) / sum(args.mix_weights or lengths)).tolist(),
+        probabilities=(weights / weights.sum()).tolist(),
         seed=args.seed,
         stopping_strategy="all_exhausted" if args.mix_weights else "all_exhausted_without_replacement",
     )
-    if isinstance(mixed, Dataset):
-        return mixed, len(mixed)
-    return mixed, None if args.mix_weights else sum(lengths)
+    return mixed, lengths
+
+
+def order_of_epoch(seed: int, epoch: int, lengths: list[int], weights: list[float]) -> np.ndarray:
+    """Indices of an epoch's images among those of all data sets, one after another.
+
+    An epoch has as many images as all data sets have. Without `weights` it is a permutation of them. With, each data
+    set has its share, and goes on in the next epoch where it stopped in this one: all its images come equally often.
+    """
+    rng, total = np.random.default_rng([seed, epoch]), sum(lengths)
+    if not weights:
+        return rng.permutation(total)
+    ends = np.rint(np.cumsum(weights) / sum(weights) * total).astype(int)
+    shares, firsts = np.diff(ends, prepend=0), np.cumsum([0, *lengths])
+    indices = []
+    for number, (share, length) in enumerate(zip(shares.tolist(), lengths)):
+        turns = range(epoch * share // length, -(-(epoch + 1) * share // length))
+        in_turns = [np.random.default_rng([seed, number, turn]).permutation(length) for turn in turns]
+        skipped = epoch * share - turns.start * length
+        indices += [firsts[number] + np.concatenate([[], *in_turns])[skipped : skipped + share].astype(int)]
+    return rng.permutation(np.concatenate(indices))
 
 
 class CropLoader:
@@ -197,9 +248,11 @@ class CropLoader:
     def __init__(self, args: TrainingArguments, num_channels: int, num_accumulated: int = 1):
         self.args = args
         self.num_channels = num_channels
-        self.dataset, num_images = load_training_images(args)
+        self.dataset, self.lengths = load_training_images(args)
         self.is_map_style = isinstance(self.dataset, Dataset)
-        self.num_images = num_images if self.is_map_style else args.num_examples or num_images
+        self.num_images = None if None in self.lengths else sum(self.lengths)
+        if not self.is_map_style:
+            self.num_images = args.num_examples or self.num_images
         process, batch_size = PartialState(), args.per_device_train_batch_size
         self.num_accumulated = num_accumulated
         self.global_batch_size = batch_size * process.num_processes * num_accumulated
@@ -208,21 +261,27 @@ class CropLoader:
         self.state = {"epoch": 0, "position": 0, "window": None}
         self.is_remote = not all(map(is_path, (args.dataset_name, *args.mix_with)))
         self.trouble = None  # what the network last failed with
-        self.waited = self.waited_for_stream = 0.0  # seconds, so far
+        self.stopped = Event()  # when no more images are wanted
+        self.waited = self.waited_for_stream = 0.0  # seconds, since there was advice on it
 
     def batches(
-        self, num_batches: int, state: dict | None = None, agreement: Agreement | None = None
+        self,
+        num_batches: int,
+        state: dict | None = None,
+        agreement: Agreement | None = None,
+        is_interrupted: Callable[[], bool] = lambda: False,
     ) -> Iterator[CropBatch]:
         """The next `num_batches`; from the start, or from where a `state_dict` was taken, which is between two steps.
 
         Raises:
-            DataError: on all processes, if one of them cannot get its batch. The state stays that of the last step.
+            DataError: on all processes, if one of them cannot get its batch, or waits for a stream and is interrupted.
+                The state stays that of the last step.
         """
         self.state = state or self.state
         agreement = agreement or Agreement(self.args.stream_timeout)
         images = self._map_style(**self.state) if self.is_map_style else self._stream(**self.state)
         if not self.is_map_style:
-            images = read_ahead(images, READ_AHEAD, self.args.stream_timeout)
+            images = read_ahead(images, READ_AHEAD, self.args.stream_timeout, self.stopped, is_interrupted)
         states = deque()  # of batches that workers are at
 
         def next_images() -> Iterator[list[tuple[int, int, int | dict]]]:
@@ -230,7 +289,9 @@ class CropLoader:
                 asked = time.perf_counter()
                 try:
                     step = next(images)
-                except TimeoutError:
+                except StreamTimeoutError:
+                    if is_interrupted():
+                        raise ValueError("the run was told to stop while it waited for the stream") from None
                     reason = f" ({self.trouble})" if self.trouble else ""
                     raise ValueError(
                         f"no image came from the stream for stream_timeout = {self.args.stream_timeout:g} s{reason}"
@@ -278,7 +339,7 @@ class CropLoader:
     def _map_style(self, epoch: int, position: int, window: None) -> Iterator[Images]:
         """The images that do not fill the last global batch of an epoch are left out; which these are changes."""
         while True:
-            order = np.random.default_rng([self.args.seed, epoch]).permutation(self.num_images)
+            order = order_of_epoch(self.args.seed, epoch, self.lengths, self.args.mix_weights)
             while position + self.global_batch_size <= self.num_images:
                 images = order[position + self.places].tolist()
                 state = {"epoch": epoch, "position": position + self.global_batch_size, "window": None}
@@ -340,18 +401,20 @@ class CropLoader:
                     before, pause = dataset.state_dict(), 1
                 return
             except NETWORK_ERRORS as error:
-                if not self.is_remote:
+                if not self.is_remote or not is_network_trouble(error) or self.stopped.is_set():
                     raise
                 self.trouble = f"{type(error).__name__}: {error}".partition("\n")[0]
                 logger.warning("the stream broke off, %s; reading on in %d s", self.trouble, pause)
-                time.sleep(pause)
+                self.stopped.wait(pause)
                 pause = min(2 * pause, 60)
 
     def advice(self) -> str:
-        """What would make the batches come faster."""
+        """What would have made the batches come faster since this was asked last."""
+        waited, waited_for_stream = self.waited, self.waited_for_stream
+        self.waited = self.waited_for_stream = 0.0
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = self.args.num_workers
-        if self.waited_for_stream > self.waited / 2:
+        if waited_for_stream > waited / 2:
             return (
                 "the stream is slower than the training; do without --streaming, which reads the data once and for all"
             )

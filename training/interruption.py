@@ -13,29 +13,27 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # scancel and preempt
 class Interruption:
     """What has been asked for, so far."""
 
-    name: str | None = None  # of the signal
+    def __init__(self):
+        self.name: str | None = None  # of the signal
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within, the signals are noted instead of ending the process; a second Ctrl-C ends it at once.
 
-@contextmanager
-def noted_interruption() -> Iterator[Interruption]:
-    """Within, the signals are noted instead of ending the process; a second Ctrl-C ends it at once.
+        Outside the main thread, where Python lets nobody listen to signals, none will be noted.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.signal(number, self._note) for number in SIGNALS} if is_main else {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
-    Outside the main thread, where Python lets nobody listen to signals, none will be noted.
-    """
-    interruption = Interruption()
-
-    def note(number: int, _) -> None:
-        if number == signal.SIGINT and interruption.name is not None:
+    def _note(self, number: int, _) -> None:
+        if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
-        interruption.name = signal.Signals(number).name
-
-    is_main = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, note) for number in SIGNALS} if is_main else {}
-    try:
-        yield interruption
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        self.name = signal.Signals(number).name
 
 
 def leave_signals_to_parent(_: int) -> None:

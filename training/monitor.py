@@ -27,7 +27,7 @@ class Monitor:
         num_steps: Steps of the whole run.
         first_step: Steps done before; later lines of an existing `metrics.jsonl` are dropped.
         enabled: Whether this is the main process.
-        data_advice: Called for what to say when the training waits for data.
+        data_advice: Called at every line, for what to say if the training waited for data since the last one.
     """
 
     def __init__(
@@ -107,8 +107,9 @@ class Monitor:
             refresh=False,
         )
         self.num_lines += 1
+        advice = self.data_advice()
         if data_wait > DATA_WAIT_LIMIT and self.num_lines > 1 and not self.advised:  # the first is of the start, too
-            self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {self.data_advice()}")
+            self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {advice}")
             self.advised = True
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -39,7 +39,7 @@ from .checkpoint import (
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
-from .interruption import EXIT_CODE, noted_interruption
+from .interruption import EXIT_CODE, Interruption
 from .loss import DINOLoss
 from .monitor import Monitor, draw_crops, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
@@ -339,8 +339,10 @@ def train(args: TrainingArguments) -> Path:
         )
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
-    agreement = Agreement(args.stream_timeout)
-    batches = loader.batches((num_steps - first_step) * num_accumulated, data_state, agreement)
+    agreement, interruption = Agreement(args.stream_timeout), Interruption()
+    batches = loader.batches(
+        (num_steps - first_step) * num_accumulated, data_state, agreement, lambda: interruption.name is not None
+    )
     if first_step < num_steps:  # else all that it lacks is to be published
         # images that cannot be read are found before another run is deleted
         step_batches = [next(batches) for _ in range(num_accumulated)]
@@ -365,8 +367,23 @@ def train(args: TrainingArguments) -> Path:
         monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %" + (" (untrained)" if step == 0 else ""))
         monitor.resume(elapsed)
 
+    def stop(signal_name: str, step: int) -> None:
+        monitor.say(
+            f"Stopped by {signal_name} after step {step} of {num_steps}; the same command with "
+            "--resume_from_checkpoint latest goes on"
+        )
+        raise SystemExit(EXIT_CODE)
+
+    def sums_so_far(step: int) -> list[float]:
+        """Of loss, teacher entropy and steps since the last line of metrics, of all processes; of numbers only."""
+        sums = accelerator.reduce(running, "sum").tolist()
+        if not math.isfinite(sums[0]):
+            raise ValueError(stopped_learning(step, sums[0], output_dir))
+        return sums
+
     def save(step: int) -> None:
         elapsed = monitor.pause()
+        sums_so_far(step)  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
             accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(),
             running, image_processor, args, global_batch_size,
@@ -376,7 +393,7 @@ def train(args: TrainingArguments) -> Path:
     if evaluate and not first_step:
         run_evaluation(0)
     model.train()
-    with closing(monitor), noted_interruption() as interruption:
+    with closing(monitor), interruption.noted():
         for step in range(first_step, num_steps):
             now = schedule(step)
             if step > first_step:
@@ -385,9 +402,11 @@ def train(args: TrainingArguments) -> Path:
                         step_batches = [next(batches) for _ in range(num_accumulated)]
                 except DataError as error:
                     save(step)
+                    if asked := agreement.first_of_any(interruption.name):
+                        stop(asked, step)
                     raise ValueError(
                         f"{error}. What was learned until then is in {list_checkpoints(output_dir)[-1]}; "
-                        "--resume_from_checkpoint latest goes on from there"
+                        "--resume_from_checkpoint latest goes on from there when the data can be read"
                     ) from error
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
             if step == 0 and accelerator.is_main_process:
@@ -400,12 +419,9 @@ def train(args: TrainingArguments) -> Path:
             log_now, save_now = (
                 is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
             )
-            if log_now or save_now:
-                sums = accelerator.reduce(running, "sum").tolist()
-                if not math.isfinite(sums[0]):
-                    raise ValueError(stopped_learning(done, sums[0], output_dir))
             skipped = Counter()
             if log_now:
+                sums = sums_so_far(done)
                 skipped = sum(gather_object([monitor.skipped]), Counter())
                 mean_loss = sums[0] / sums[2]
                 monitor.log_step(
@@ -438,11 +454,7 @@ def train(args: TrainingArguments) -> Path:
             if not is_last and (asked := agreement.first_of_any(interruption.name)):
                 if not save_now:
                     save(done)
-                monitor.say(
-                    f"Stopped by {asked} after step {done} of {num_steps}; the same command with "
-                    "--resume_from_checkpoint latest goes on"
-                )
-                raise SystemExit(EXIT_CODE)
+                stop(asked, done)
 
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
