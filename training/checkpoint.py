@@ -26,6 +26,7 @@ from modeling_dino.configuration_dino import VIT_FIELDS
 from .agreement import Agreement
 from .arguments import TrainingArguments
 from .loss import DINOLoss
+from .signals import Signals
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -44,7 +45,7 @@ def save_checkpoint(
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
     data_state: dict,
-    running: torch.Tensor,
+    signals: Signals,
     image_processor,
     args: TrainingArguments,
     global_batch_size: int,
@@ -70,7 +71,9 @@ def save_checkpoint(
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"random": random, "running": running}, unfinished / f"rank_{accelerator.process_index}.pt")
+        torch.save(
+            {"random": random, "signals": signals.state_dict()}, unfinished / f"rank_{accelerator.process_index}.pt"
+        )
 
     def finish() -> None:
         write_manifest(unfinished, step, args, global_batch_size)
@@ -292,12 +295,13 @@ def load_checkpoint(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, dict, torch.Tensor]:
+    signals: Signals,
+) -> tuple[int, dict]:
     """Puts a checkpoint's state into what is given.
 
     Returns:
-        The steps done, the place in the data, and this process's running sums of the metrics. With another number of
-        processes, random states and sums are not those of the checkpoint, and a warning says so.
+        The steps done and the place in the data. With another number of processes, random states and sums of the
+        signals are not those of the checkpoint, and a warning says so.
 
     Raises:
         ValueError: a checkpoint of another network.
@@ -315,9 +319,10 @@ def load_checkpoint(
             "at the same place in the epoch: if that changes the batch of all of them, images come in other batches "
             "from here on, and what was measured since the last line of metrics is lost"
         )
-        return state["step"], state["data"], torch.zeros(3, device=accelerator.device)
+        return state["step"], state["data"]
     rank = torch.load(folder / f"rank_{accelerator.process_index}.pt", weights_only=True)
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])
-    return state["step"], state["data"], rank["running"].to(accelerator.device)
+    signals.load_state_dict(rank["signals"])
+    return state["step"], state["data"]

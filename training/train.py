@@ -45,6 +45,7 @@ from .monitor import Monitor, draw_crops, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
+from .signals import Signals
 
 
 def load_config(args: TrainingArguments) -> DINOConfig:
@@ -228,16 +229,14 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: list[CropBatch],
     now: Hyperparameters,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step, of one batch or several whose gradients are accumulated. `student` may be wrapped by DDP.
-
-    Returns the loss and the mean entropy of the teacher's targets.
-    """
+    signals: Signals,
+) -> None:
+    """One step, of one batch or several whose gradients are accumulated. `student` may be wrapped by DDP."""
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
-    losses, entropies, logits_sum, num_rows = [], [], 0, 0
+    logits_sum, num_rows = 0, 0
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
@@ -247,8 +246,7 @@ def train_step(
             student_logits = student(crops).logits
             loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
             accelerator.backward(loss)  # of the loss over the number of batches
-        losses.append(loss.detach())
-        entropies.append(torch.special.entr(dino_loss.teacher_probs(teacher_logits, now.teacher_temp)).sum(-1).mean())
+        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     unwrapped = accelerator.unwrap_model(student)
@@ -260,7 +258,6 @@ def train_step(
     optimizer.zero_grad()
     dino_loss.update_center(logits_sum, num_rows)
     update_teacher_(teacher, unwrapped, now.teacher_momentum)
-    return torch.stack(losses).mean(), torch.stack(entropies).mean()
 
 
 def make_accelerator() -> Accelerator:
@@ -331,11 +328,10 @@ def train(args: TrainingArguments) -> Path:
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
     first_step, data_state = 0, None
-    # sums of loss, teacher entropy and steps since the last line of metrics
-    running = torch.zeros(3, device=accelerator.device)
+    signals = Signals(config.out_dim, accelerator.device)
     if checkpoint:
-        first_step, data_state, running = load_checkpoint(
-            accelerator, checkpoint, student, teacher, dino_loss, optimizer
+        first_step, data_state = load_checkpoint(
+            accelerator, checkpoint, student, teacher, dino_loss, optimizer, signals
         )
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
@@ -374,19 +370,18 @@ def train(args: TrainingArguments) -> Path:
         )
         raise SystemExit(EXIT_CODE)
 
-    def sums_so_far(step: int) -> list[float]:
-        """Of loss, teacher entropy and steps since the last line of metrics, of all processes; of numbers only."""
-        sums = accelerator.reduce(running, "sum").tolist()
-        if not math.isfinite(sums[0]):
-            raise ValueError(stopped_learning(step, sums[0], output_dir))
-        return sums
+    def read_signals(step: int) -> dict[str, float]:
+        values = signals.read(accelerator)
+        if not math.isfinite(values["loss"]):
+            raise ValueError(stopped_learning(step, values["loss"], output_dir))
+        return values
 
     def save(step: int) -> None:
         elapsed = monitor.pause()
-        sums_so_far(step)  # so that no checkpoint is made of what has gone wrong
+        read_signals(step)  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
             accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(),
-            running, image_processor, args, global_batch_size,
+            signals, image_processor, args, global_batch_size,
         )  # fmt: skip
         monitor.resume(elapsed)
 
@@ -411,8 +406,7 @@ def train(args: TrainingArguments) -> Path:
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
             if step == 0 and accelerator.is_main_process:
                 draw_crops(step_batches[0], args, output_dir)
-            loss, entropy = train_step(accelerator, args, model, teacher, dino_loss, optimizer, step_batches, now)
-            running += torch.stack([loss, entropy, torch.ones_like(loss)])
+            train_step(accelerator, args, model, teacher, dino_loss, optimizer, step_batches, now, signals)
             monitor.count(global_batch_size)
             done = step + 1
             is_last = done == num_steps
@@ -421,16 +415,14 @@ def train(args: TrainingArguments) -> Path:
             )
             skipped = Counter()
             if log_now:
-                sums = sums_so_far(done)
+                values = read_signals(done)
                 skipped = sum(gather_object([monitor.skipped]), Counter())
-                mean_loss = sums[0] / sums[2]
                 monitor.log_step(
                     done,
                     {
                         "epoch": done / steps_per_epoch,
-                        "loss": mean_loss,
-                        "loss_over_ln_k": mean_loss / math.log(config.out_dim),
-                        "teacher_entropy": sums[1] / sums[2],
+                        **values,
+                        "center_norm": dino_loss.center.norm().item(),
                         "learning_rate": now.learning_rate,
                         "weight_decay": now.weight_decay,
                         "teacher_momentum": now.teacher_momentum,
@@ -438,7 +430,7 @@ def train(args: TrainingArguments) -> Path:
                         "skipped": dict(skipped),
                     },
                 )
-                running.zero_()
+                signals.reset()
             num_seen = (done - first_step) * global_batch_size
             too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
             if save_now or too_many:
