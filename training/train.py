@@ -376,13 +376,19 @@ def train(args: TrainingArguments) -> Path:
             raise ValueError(stopped_learning(step, values["loss"], output_dir))
         return values
 
+    saved_step = first_step
+
     def save(step: int) -> None:
+        nonlocal saved_step
+        if step == saved_step:
+            return
         elapsed = monitor.pause()
         read_signals(step)  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
             accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(),
             signals, image_processor, args, global_batch_size,
         )  # fmt: skip
+        saved_step = step
         monitor.resume(elapsed)
 
     if evaluate and not first_step:
@@ -399,8 +405,9 @@ def train(args: TrainingArguments) -> Path:
                     save(step)
                     if asked := agreement.first_of_any(interruption.name):
                         stop(asked, step)
+                    kept = output_dir / "checkpoints" / f"step_{step:07d}"
                     raise ValueError(
-                        f"{error}. What was learned until then is in {list_checkpoints(output_dir)[-1]}; "
+                        f"{error}. What was learned until then is in {kept}; "
                         "--resume_from_checkpoint latest goes on from there when the data can be read"
                     ) from error
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
@@ -444,8 +451,7 @@ def train(args: TrainingArguments) -> Path:
             if evaluate and (is_last or done % args.eval_steps == 0):
                 run_evaluation(done)
             if not is_last and (asked := agreement.first_of_any(interruption.name)):
-                if not save_now:
-                    save(done)
+                save(done)
                 stop(asked, done)
 
     if accelerator.is_main_process:
