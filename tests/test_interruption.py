@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,16 @@ def start(*argv, launcher=("-m",), **environment) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
+
+
+def kill_all(running: subprocess.Popen) -> None:
+    """The run with its workers and, of a launcher, the processes that it started, which are in groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended
+        launcher = psutil.Process(running.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    running.communicate()
 
 
 def has_done(output_dir, step: int) -> bool:
@@ -69,9 +80,7 @@ def test_killed_run_ends_as_one_that_was_not(recipe, parquet_folder, tmp_path, p
     for _ in range(2):
         running = start(*argv, launcher=launcher)
         time.sleep(chance.uniform(2, 9))  # to start takes about half of it
-        with contextlib.suppress(ProcessLookupError):  # it may have ended
-            os.killpg(running.pid, signal.SIGKILL)
-        running.communicate()
+        kill_all(running)
     trained(*argv, launcher=launcher)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
