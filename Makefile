@@ -16,10 +16,10 @@ quickstart: $(VENV)/ready
 		--dataset_name $(OUTPUT)/images --k 10 20 --baselines --output $(OUTPUT)/knn.json
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
