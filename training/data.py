@@ -9,6 +9,7 @@ that are shuffled among each other; shards, of local parquet its row groups, cha
 """
 
 import atexit
+import gc
 import logging
 import os
 import time
@@ -106,6 +107,12 @@ def replace_broken_(samples: list) -> list[dict[str, str]]:
 
 class StreamTimeoutError(Exception):
     """An image was waited for in vain."""
+
+
+def prepare_worker(_: int) -> None:
+    leave_signals_to_parent()
+    # the memory of all that has been imported stays shared with the parent; a garbage collection would copy it
+    gc.freeze()
 
 
 def read_ahead(
@@ -308,7 +315,7 @@ class CropLoader:
             batch_sampler=next_images(),
             collate_fn=partial(collate_what_decodes, args=self.args),
             num_workers=self.args.num_workers,
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
             # of its own, so that making a loader draws nothing from the generator that drops paths
             generator=torch.Generator(),

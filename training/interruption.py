@@ -36,7 +36,7 @@ class Interruption:
         self.name = signal.Signals(number).name
 
 
-def leave_signals_to_parent(_: int) -> None:
+def leave_signals_to_parent() -> None:
     """For a loader's workers: signals go to all processes of a job, and the batches underway are still needed."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
