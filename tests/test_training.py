@@ -323,19 +323,22 @@ def test_what_one_process_cannot_read_ends_all_of_them_after_a_checkpoint(recipe
     """Each has one image a step, so a broken image leaves its process without a batch."""
     argv = ("--config", recipe, "--per_device_train_batch_size", "1", "--max_steps", "6", "--save_steps", "99")
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
-    stopped = []
+    kept = 0
     for name in ("3.png", "8.png"):
-        images = tmp_path / name / "images"
+        images, run = tmp_path / name / "images", tmp_path / name / "run"
         shutil.copytree(flat_folder, images)
         (images / name).write_bytes(b"")
-        finished = command(*argv, "--dataset_name", images, "--output_dir", tmp_path / name / "run", launcher=launcher)
+        finished = command(*argv, "--dataset_name", images, "--output_dir", run, launcher=launcher)
         assert finished.returncode != 0
         messages = [line for line in finished.stderr.splitlines() if line.startswith("dino-train: error: ")]
-        assert messages and all("none of the 1 images of a batch can be decoded" in line for line in messages)
-        assert all(f"image {images / name} cannot be decoded" in line for line in messages)
-        stopped += [int(path.name[5:]) for path in (tmp_path / name / "run/checkpoints").glob("step_*")]
-        assert all("--resume_from_checkpoint latest goes on" in line for line in messages) or not stopped
-    assert len(stopped) and max(stopped) < 6
+        assert messages
+        for line in messages:
+            assert "none of the 1 images of a batch can be decoded" in line
+            assert f"image {images / name} cannot be decoded" in line
+        checkpoints = list(run.glob("checkpoints/step_*"))
+        assert all(str(checkpoint) in line for checkpoint in checkpoints for line in messages)
+        kept += len(checkpoints)
+    assert kept  # one of the two at least comes after the first step
 
 
 def test_bf16_stays_near_fp32_and_keeps_fp32_weights(run, recipe, parquet_folder, tmp_path):

@@ -122,6 +122,10 @@ class TrainingArguments(AugmentationArguments):
         for name in ("dataset_name", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing; give --{name}")
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in self.allow_changed:
+            if name not in names:
+                raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
         if "" in self.mix_with:
             raise ValueError(f"mix_with must be names or paths of data sets, got {self.mix_with}")
         if self.mix_weights and (not self.mix_with or len(self.mix_weights) != 1 + len(self.mix_with)):

@@ -77,8 +77,6 @@ def save_checkpoint(
 
     def finish() -> None:
         write_manifest(unfinished, step, args, global_batch_size)
-        if folder.exists():  # of the run before this one went back; renamed first, so that no half of it is left
-            set_aside(folder)
         unfinished.rename(folder)
 
     for write, is_mine in ((write_shared, accelerator.is_main_process), (write_own, True),
@@ -141,17 +139,13 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def set_aside(folder: Path) -> None:
-    aside = folder.with_name(folder.name + ".aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-
-
 def set_later_checkpoints_aside(output_dir: Path, step: int) -> None:
     """Renames checkpoints of more than `step` steps, which a run that goes on from there would take for its own."""
     for folder in list_checkpoints(output_dir):
         if int(folder.name.removeprefix("step_")) > step:
-            set_aside(folder)
+            aside = folder.with_name(folder.name + ".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, must: bool) -> Path | None:
