@@ -128,7 +128,9 @@ class TrainingArguments(AugmentationArguments):
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
         if "" in self.mix_with:
             raise ValueError(f"mix_with must be names or paths of data sets, got {self.mix_with}")
-        if self.mix_weights and (not self.mix_with or len(self.mix_weights) != 1 + len(self.mix_with)):
+        if self.mix_weights and not self.mix_with:
+            raise ValueError(f"mix_weights are of several data sets, and mix_with names none; got {self.mix_weights}")
+        if self.mix_weights and len(self.mix_weights) != 1 + len(self.mix_with):
             raise ValueError(
                 f"mix_weights must be {1 + len(self.mix_with)} numbers, for dataset_name and each of mix_with, got "
                 f"{self.mix_weights}"
