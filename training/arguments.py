@@ -67,6 +67,17 @@ class TrainingArguments(AugmentationArguments):
         help="Weights to start from: a checkpoint or what dino-convert wrote (both networks and centre), or a model.",
     )
 
+    freeze_backbone_steps: int | None = HfArg(
+        default=None,
+        help="Steps at the start in which only the heads learn. Default: an epoch if --init_from has no heads, else 0.",
+    )
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="Compute the student's blocks twice instead of keeping what they computed: less memory."
+    )
+    tf32: bool = HfArg(
+        default=False, help="Let NVIDIA GPUs round what they multiply in fp32 to TF32: faster, and less exact."
+    )
+
     num_train_epochs: int = HfArg(default=100, help="Epochs to train.")
     max_steps: int | None = HfArg(default=None, help="Steps to train, instead of num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=64, help="Images per step and process.")
@@ -144,10 +155,10 @@ class TrainingArguments(AugmentationArguments):
                      "per_device_eval_batch_size"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_workers", "warmup_epochs", "freeze_last_layer_epochs", "warmup_teacher_temp_epochs", "seed",
-                     "weight_decay", "weight_decay_end", "clip_grad", "base_learning_rate",
-                     "min_learning_rate"):  # fmt: skip
-            if not getattr(self, name) >= 0:  # so that nan is none
+        for name in ("num_workers", "freeze_backbone_steps", "warmup_epochs", "freeze_last_layer_epochs",
+                     "warmup_teacher_temp_epochs", "seed", "weight_decay", "weight_decay_end", "clip_grad",
+                     "base_learning_rate", "min_learning_rate"):  # fmt: skip
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:  # so that nan is none
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
             if not getattr(self, name) > 0:

@@ -126,6 +126,7 @@ class CropBatch(NamedTuple):
     crops: list[torch.Tensor]  # one a resolution, uint8 (crops * batch, channels, size, size)
     photometrics: list[Photometrics] | None  # one a resolution; None when `crops` are finished, and so normalised fp32
     skipped: list[dict[str, str]] = []  # images that were broken: name, kind and reason
+    images: tuple | None = None  # which they are, as the loader knows them
 
 
 def draw_boxes(rng: np.random.Generator, height: int, width: int, scale: np.ndarray) -> np.ndarray:

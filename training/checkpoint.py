@@ -1,9 +1,9 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 `checkpoints/step_0000100/` holds `student/` and `teacher/` in the Hugging Face format, so that either opens by
-`from_pretrained`; `state.pt` (centre, optimiser, step, place in the data); one `rank_N.pt` a process (random state,
-sums of the metrics that have not been written yet); and `manifest.json`: the settings, the versions of the libraries,
-and the size and hash of every file, by which a damaged checkpoint is known.
+`from_pretrained`; `state.pt` (centre, optimiser, fp16's scale, step, place in the data); one `rank_N.pt` a process
+(random state, sums of the metrics that have not been written yet); and `manifest.json`: the settings, the versions of
+the libraries, and the size and hash of every file, by which a damaged checkpoint is known.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from modeling_dino.configuration_dino import VIT_FIELDS
 from .agreement import Agreement
 from .arguments import TrainingArguments
 from .loss import DINOLoss
+from .schedules import Schedule
 from .signals import Signals
 
 
@@ -44,6 +45,7 @@ def save_checkpoint(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
     data_state: dict,
     signals: Signals,
     image_processor,
@@ -65,6 +67,8 @@ def save_checkpoint(
         image_processor.save_pretrained(unfinished / "teacher")
         state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict(), "data": data_state}
         state["num_processes"] = accelerator.num_processes
+        state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
+        state["freeze_backbone_steps"] = schedule.freeze_backbone_steps
         torch.save(state, unfinished / "state.pt")
 
     def write_own() -> None:
@@ -183,6 +187,7 @@ _ABOUT_THE_RUN = {
     *("eval_steps", "eval_split", "label_column", "eval_crop_pct", "max_eval_samples", "per_device_eval_batch_size"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device"),
     *("model_config", "config_overrides"),  # what they make is compared itself
+    *("gradient_checkpointing", "tf32"),
     "per_device_train_batch_size",  # of all processes together, see below
 }
 
@@ -249,12 +254,15 @@ def _check_same_network(
 
 def load_initial_weights(
     name: str, student: DINOForPreTraining, teacher: DINOForPreTraining, dino_loss: DINOLoss
-) -> None:
+) -> bool:
     """Starts from the weights of another training, as --init_from names them.
 
     A checkpoint of ours, or what `dino-convert` makes of one of the original's, gives both networks and the centre.
     Any other model of ours, a folder or Hub id, gives both networks the same weights; if it is a backbone alone, their
     heads start alike and anew.
+
+    Returns:
+        Whether there were heads.
 
     Raises:
         ValueError: weights that are not there, or do not fit.
@@ -280,6 +288,7 @@ def load_initial_weights(
     if both and (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         dino_loss.center.copy_(state["center"])
+    return not without_head
 
 
 def load_checkpoint(
@@ -289,6 +298,7 @@ def load_checkpoint(
     teacher: DINOForPreTraining,
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
     signals: Signals,
 ) -> tuple[int, dict]:
     """Puts a checkpoint's state into what is given.
@@ -307,6 +317,9 @@ def load_checkpoint(
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     dino_loss.center.copy_(state["center"])
     optimizer.load_state_dict(state["optimizer"])
+    schedule.freeze_backbone_steps = state["freeze_backbone_steps"]
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
     if state["num_processes"] != accelerator.num_processes:
         warnings.warn(
             f"{folder} was saved by {state['num_processes']} processes and goes on with {accelerator.num_processes}, "

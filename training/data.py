@@ -289,7 +289,7 @@ class CropLoader:
         images = self._map_style(**self.state) if self.is_map_style else self._stream(**self.state)
         if not self.is_map_style:
             images = read_ahead(images, READ_AHEAD, self.args.stream_timeout, self.stopped, is_interrupted)
-        states = deque()  # of batches that workers are at
+        underway = deque()  # batches that workers are at
 
         def next_images() -> Iterator[list[tuple[int, int, int | dict]]]:
             for _ in range(num_batches):
@@ -304,7 +304,7 @@ class CropLoader:
                         f"no image came from the stream for stream_timeout = {self.args.stream_timeout:g} s{reason}"
                     ) from None
                 self.waited_for_stream += time.perf_counter() - asked
-                states.append(step.state)
+                underway.append(step)
                 yield [(step.epoch, position, image) for position, image in zip(step.positions, step.images)]
 
         crops = CropDataset(
@@ -326,8 +326,9 @@ class CropLoader:
                 asked = time.perf_counter()
                 batch = self._next_on_all(loader, agreement)
                 self.waited += time.perf_counter() - asked
-                self.state = states.popleft() or self.state
-                yield batch
+                taken = underway.popleft()
+                self.state = taken.state or self.state
+                yield batch._replace(images=taken)
         finally:
             images.close()
 
@@ -414,6 +415,16 @@ class CropLoader:
                 logger.warning("the stream broke off, %s; reading on in %d s", self.trouble, pause)
                 self.stopped.wait(pause)
                 pause = min(2 * pause, 60)
+
+    def describe(self, images: Images) -> list[dict[str, int | str]]:
+        """Where in the data each is: epoch, position in it, and index in the data set or, where it has one, file."""
+        described = []
+        for position, image in zip(images.positions, images.images):
+            row = image if isinstance(image, dict) else self.dataset[image]
+            path = row["image"]["path"] if isinstance(row["image"], dict) else None
+            place = {"image": path} if path else {} if isinstance(image, dict) else {"index": image}
+            described.append({"epoch": images.epoch, "position": position} | place)
+        return described
 
     def advice(self) -> str:
         """What would have made the batches come faster since this was asked last."""

@@ -18,20 +18,38 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     ]
 
 
+def gradient_norms(model: nn.Module) -> torch.Tensor:
+    """The norm of every trained parameter's gradient, in the order of `model.parameters()`."""
+    return torch.stack(torch._foreach_norm([parameter.grad for parameter in trained_parameters(model)]))
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradient_groups(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Which of `gradient_norms` are of the backbone, of the head and of its last layer: 1 where they are, else 0."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parts = ["last_layer" if ".last_layer." in n else "head" if n.startswith("head.") else "backbone" for n in names]
+    return {
+        group: torch.tensor([float(part == group) for part in parts]) for group in ("backbone", "head", "last_layer")
+    }
+
+
 @torch.no_grad()
-def clip_gradients_(model: nn.Module, max_norm: float) -> None:
+def clip_gradients_(model: nn.Module, max_norm: float, norms: torch.Tensor) -> None:
     """Clips every parameter's gradient by its own norm: g <- g * min(1, max_norm / (|g| + 1e-6)).
 
     Not the global norm of `torch.nn.utils.clip_grad_norm_`: `clip_gradients` of the original's `utils.py`.
+    `norms` are those of `gradient_norms`.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
+    gradients = [parameter.grad for parameter in trained_parameters(model)]
     torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
 
 
-def drop_last_layer_gradients(model: nn.Module) -> None:
-    """Freezes the prototypes for a step: without a gradient, neither weight decay nor Adam's moments touch them."""
-    for parameter in model.head.last_layer.parameters():
+def drop_gradients(part: nn.Module) -> None:
+    """Freezes a part of the network for a step: without gradients, no weight decay and no moments of Adam touch it."""
+    for parameter in part.parameters():
         parameter.grad = None
 
 

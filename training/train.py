@@ -39,10 +39,18 @@ from .checkpoint import (
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
+from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
 from .loss import DINOLoss
 from .monitor import Monitor, draw_crops, draw_curves
-from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
+from .optim import (
+    clip_gradients_,
+    drop_gradients,
+    gradient_groups,
+    gradient_norms,
+    parameter_groups,
+    update_teacher_,
+)
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
 from .signals import Signals
@@ -228,15 +236,24 @@ def train_step(
     dino_loss: DINOLoss,
     optimizer: torch.optim.Optimizer,
     batches: list[CropBatch],
+    step: int,
     now: Hyperparameters,
+    guard: Guard,
     signals: Signals,
 ) -> None:
-    """One step, of one batch or several whose gradients are accumulated. `student` may be wrapped by DDP."""
+    """One step, of one batch or several whose gradients are accumulated. `student` may be wrapped by DDP.
+
+    A step that fp16's scaler leaves out, as gradients overflow, moves neither student, centre nor teacher; it counts,
+    so that schedules and data go on.
+
+    Raises:
+        NonFiniteError: on all processes, if the loss or a gradient of the step before was no number.
+    """
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
-    logits_sum, num_rows = 0, 0
+    losses, logits_sum, num_rows = [], 0, 0
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
@@ -246,16 +263,25 @@ def train_step(
             student_logits = student(crops).logits
             loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
             accelerator.backward(loss)  # of the loss over the number of batches
-        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
+        losses.append(loss.detach())
+        signals.add(losses[-1], dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     unwrapped = accelerator.unwrap_model(student)
+    accelerator.unscale_gradients(optimizer)  # of fp16's scale
+    norms = gradient_norms(unwrapped)
+    is_left_out = guard.check(step, batches, losses, norms)
     if args.clip_grad:
-        clip_gradients_(unwrapped, args.clip_grad)
+        clip_gradients_(unwrapped, args.clip_grad, norms)
     if now.freeze_last_layer:
-        drop_last_layer_gradients(unwrapped)
+        drop_gradients(unwrapped.head.last_layer)
+    if now.freeze_backbone:
+        drop_gradients(unwrapped.dino)
     optimizer.step()
     optimizer.zero_grad()
+    if is_left_out:
+        return
+    signals.add_gradients(norms)
     dino_loss.update_center(logits_sum, num_rows)
     update_teacher_(teacher, unwrapped, now.teacher_momentum)
 
@@ -273,8 +299,8 @@ def make_accelerator() -> Accelerator:
             "on CPU, set ACCELERATE_USE_CPU=true"
         )
     requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if requested not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision of accelerate launch must be no or bf16, got {requested}")
+    if requested not in ("no", "bf16", "fp16"):
+        raise ValueError(f"mixed_precision of accelerate launch must be no, bf16 or fp16, got {requested}")
     return accelerator
 
 
@@ -319,19 +345,26 @@ def train(args: TrainingArguments) -> Path:
     teacher = make_teacher(student)
     dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum).to(accelerator.device)
     if args.init_from and not checkpoint:
-        load_initial_weights(args.init_from, student, teacher, dino_loss)
+        has_heads = load_initial_weights(args.init_from, student, teacher, dino_loss)
+        if not has_heads and args.freeze_backbone_steps is None:
+            schedule.freeze_backbone_steps = steps_per_epoch
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
         share_batch_norms_(student, accelerator.device)
         share_batch_norms_(teacher, accelerator.device)
     optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
     model, optimizer = accelerator.prepare(student, optimizer)
-    teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+    teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
     first_step, data_state = 0, None
-    signals = Signals(config.out_dim, accelerator.device)
+    guard = Guard(accelerator, optimizer)
+    signals = Signals(config.out_dim, accelerator.device, gradient_groups(student))
     if checkpoint:
         first_step, data_state = load_checkpoint(
-            accelerator, checkpoint, student, teacher, dino_loss, optimizer, signals
+            accelerator, checkpoint, student, teacher, dino_loss, optimizer, schedule, signals
         )
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
@@ -370,12 +403,6 @@ def train(args: TrainingArguments) -> Path:
         )
         raise SystemExit(EXIT_CODE)
 
-    def read_signals(step: int) -> dict[str, float]:
-        values = signals.read(accelerator)
-        if not math.isfinite(values["loss"]):
-            raise ValueError(stopped_learning(step, values["loss"], output_dir))
-        return values
-
     saved_step = first_step
 
     def save(step: int) -> None:
@@ -383,10 +410,10 @@ def train(args: TrainingArguments) -> Path:
         if step == saved_step:
             return
         elapsed = monitor.pause()
-        read_signals(step)  # so that no checkpoint is made of what has gone wrong
+        guard.settle()  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
-            accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, loader.state_dict(),
-            signals, image_processor, args, global_batch_size,
+            accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, schedule,
+            loader.state_dict(), signals, image_processor, args, global_batch_size,
         )  # fmt: skip
         saved_step = step
         monitor.resume(elapsed)
@@ -394,7 +421,8 @@ def train(args: TrainingArguments) -> Path:
     if evaluate and not first_step:
         run_evaluation(0)
     model.train()
-    with closing(monitor), interruption.noted():
+    faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
+    with closing(monitor), interruption.noted(), faults_explained:
         for step in range(first_step, num_steps):
             now = schedule(step)
             if step > first_step:
@@ -413,16 +441,19 @@ def train(args: TrainingArguments) -> Path:
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
             if step == 0 and accelerator.is_main_process:
                 draw_crops(step_batches[0], args, output_dir)
-            train_step(accelerator, args, model, teacher, dino_loss, optimizer, step_batches, now, signals)
-            monitor.count(global_batch_size)
             done = step + 1
+            train_step(
+                accelerator, args, model, teacher_model, dino_loss, optimizer, step_batches, done, now, guard, signals
+            )
+            monitor.count(global_batch_size)
             is_last = done == num_steps
             log_now, save_now = (
                 is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
             )
             skipped = Counter()
             if log_now:
-                values = read_signals(done)
+                guard.settle()
+                values = signals.read(accelerator)
                 skipped = sum(gather_object([monitor.skipped]), Counter())
                 monitor.log_step(
                     done,
@@ -463,9 +494,3 @@ def train(args: TrainingArguments) -> Path:
             monitor.say(f"Uploaded to {upload(output_dir, args.hub_model_id, args.hub_private_repo)}")
     accelerator.end_training()
     return output_dir
-
-
-def stopped_learning(step: int, loss: float, output_dir: Path) -> str:
-    checkpoints = list_checkpoints(output_dir)
-    kept = f"{checkpoints[-1]} is the last checkpoint before" if checkpoints else "there is no checkpoint yet"
-    return f"the loss is {loss} at step {step}; {kept}. Lower base_learning_rate, or leave bf16"
