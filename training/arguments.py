@@ -69,7 +69,7 @@ class TrainingArguments(AugmentationArguments):
 
     freeze_backbone_steps: int | None = HfArg(
         default=None,
-        help="Steps at the start in which only the heads learn. Default: an epoch if --init_from has no heads, else 0.",
+        help="Steps at the start in which only the heads learn. Default: an epoch if --init_from has no heads, or 0.",
     )
     gradient_checkpointing: bool = HfArg(
         default=False, help="Compute the student's blocks twice instead of keeping what they computed: less memory."

@@ -301,6 +301,8 @@ def make_accelerator() -> Accelerator:
     requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested not in ("no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision of accelerate launch must be no, bf16 or fp16, got {requested}")
+    if requested == "fp16" and accelerator.device.type == "cpu":  # Accelerate would go on in fp32
+        raise ValueError("mixed_precision fp16 needs a GPU; on CPU there is bf16")
     return accelerator
 
 
