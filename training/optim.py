@@ -118,27 +118,19 @@ class LARS(torch.optim.Optimizer):
             for is_adapted in (True, False):
                 parameters = [p for p in group["params"] if p.grad is not None and (p.ndim != 1) == is_adapted]
                 if parameters:
-                    self._step(parameters, is_adapted, **{key: group[key] for key in self.defaults})
+                    self._step(parameters, is_adapted, group)
         return loss
 
-    def _step(
-        self,
-        parameters: list[nn.Parameter],
-        is_adapted: bool,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        trust_coefficient: float,
-    ) -> None:
+    def _step(self, parameters: list[nn.Parameter], is_adapted: bool, group: dict) -> None:
         # scalers set these and delete them again, and must not find others
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         updates = [parameter.grad for parameter in parameters]
         if grad_scale is not None:
             updates = torch._foreach_div(updates, grad_scale.reshape(()))
         if is_adapted:
-            updates = torch._foreach_add(updates, parameters, alpha=weight_decay)
+            updates = torch._foreach_add(updates, parameters, alpha=group["weight_decay"])
             weight_norms, norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
-            ratios = trust_coefficient * weight_norms / norms
+            ratios = group["trust_coefficient"] * weight_norms / norms
             ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
             torch._foreach_mul_(updates, ratios.unbind())
         for parameter in parameters:
@@ -146,14 +138,14 @@ class LARS(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         if found_inf is None:
-            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(parameters, buffers, alpha=-lr)
+            torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
         else:
             skip = found_inf.reshape(()) > 0
-            torch._foreach_mul_(buffers, torch.where(skip, 1.0, momentum))
+            torch._foreach_mul_(buffers, torch.where(skip, 1.0, group["momentum"]))
             torch._foreach_add_(buffers, [update.masked_fill(skip, 0.0) for update in updates])
-            torch._foreach_add_(parameters, [buffer.masked_fill(skip, 0.0) for buffer in buffers], alpha=-lr)
+            torch._foreach_add_(parameters, [buffer.masked_fill(skip, 0.0) for buffer in buffers], alpha=-group["lr"])
 
 
 @torch.no_grad()
