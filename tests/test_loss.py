@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from training.loss import DINOLoss
+from training.loss import DINOLoss, koleo_loss, sinkhorn_knopp
 
 from .original import recorded
 
@@ -97,3 +97,88 @@ def test_center_is_the_mean_over_all_processes(tmp_path):
 def test_rows_that_are_no_whole_batch_are_refused(student_rows, teacher_rows):
     with pytest.raises(ValueError, match="student rows must be num_crops = 4 times the batch"):
         DINOLoss(5)(torch.zeros(student_rows, 5), torch.zeros(teacher_rows, 5), 0.04, num_crops=4)
+
+
+def plain_sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -> torch.Tensor:
+    q = torch.exp(logits / temp)
+    num_rows, out_dim = q.shape
+    for _ in range(num_iterations):
+        for k in range(out_dim):
+            q[:, k] /= q[:, k].sum() * out_dim
+        for r in range(num_rows):
+            q[r] /= q[r].sum() * num_rows
+    return q * num_rows
+
+
+def test_sinkhorn_knopp_equals_the_plain_loop_and_balances():
+    torch.manual_seed(0)
+    logits = torch.rand(12, 7, dtype=torch.float64) * 2 - 1
+    torch.testing.assert_close(sinkhorn_knopp(logits, 0.07), plain_sinkhorn_knopp(logits, 0.07), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sinkhorn_knopp(logits, 0.07).sum(1), torch.ones(12, dtype=torch.float64))
+    balanced = sinkhorn_knopp(logits, 0.07, num_iterations=500)
+    torch.testing.assert_close(balanced.sum(0), torch.full((7,), 12 / 7, dtype=torch.float64), rtol=1e-6, atol=0)
+    collapsed = sinkhorn_knopp(logits[:1].expand(12, 7), 0.07)
+    torch.testing.assert_close(collapsed, torch.full((12, 7), 1 / 7, dtype=torch.float64))  # no prototype is preferred
+
+
+def test_sinkhorn_knopp_of_large_logits_is_finite():
+    """Of 64 rows at most as many prototypes are any one's: exponentials of the others are 0 in fp32."""
+    targets = DINOLoss(512, centering="sinkhorn_knopp").teacher_probs(100 * torch.randn(64, 512).bfloat16(), 0.04)
+    assert targets.dtype == torch.float32 and targets.isfinite().all()
+    torch.testing.assert_close(targets.sum(1), torch.ones(64), rtol=0, atol=1e-3)
+
+
+def test_loss_by_sinkhorn_knopp_is_of_its_targets_and_ignores_the_center():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(12, 7, dtype=torch.float64), torch.randn(6, 7, dtype=torch.float64)
+    dino_loss = DINOLoss(7, centering="sinkhorn_knopp").double()
+    dino_loss.center.normal_()
+    q, p = plain_sinkhorn_knopp(teacher, 0.5).chunk(2), torch.log_softmax(student / 0.1, dim=-1).chunk(4)
+    terms = [-(q[t] * p[v]).sum(-1).mean() for t in range(2) for v in range(4) if v != t]
+    loss = dino_loss(student, teacher, 0.5, num_crops=4)
+    assert loss.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-12)
+
+
+def balance_unevenly(path):
+    """Two processes, one row in the first and three in the second."""
+    state = PartialState(cpu=True)
+    rows = torch.arange(12.0).sin().view(4, 3)
+    targets = sinkhorn_knopp(rows[:1] if state.process_index == 0 else rows[1:], 0.1)
+    torch.save(targets, f"{path}/{state.process_index}.pt")
+
+
+def test_sinkhorn_knopp_is_over_the_rows_of_all_processes(tmp_path):
+    code = f"debug_launcher(balance_unevenly, args=({str(tmp_path)!r},), num_processes=2)"
+    imports = "from accelerate import debug_launcher; from tests.test_loss import balance_unevenly; "
+    subprocess.run([sys.executable, "-c", imports + code], check=True, capture_output=True, timeout=120)
+    targets = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)])
+    expected = plain_sinkhorn_knopp(torch.arange(12.0).sin().view(4, 3).double(), 0.1).float()
+    torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_koleo_and_its_gradient_equal_the_double_loop():
+    torch.manual_seed(0)
+    features = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    x = [row / row.norm() for row in features]
+    distances = [min((x[i] - x[j]).norm() for j in range(9) if j != i) for i in range(9)]
+    expected = torch.stack([-torch.log(distance + 1e-8) for distance in distances]).mean()
+    loss = koleo_loss(features)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(each, features)[0] for each in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_koleo_is_computed_in_fp32_under_autocast():
+    features = torch.randn(8, 16).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = koleo_loss(features)
+    assert loss.dtype == torch.float32 and torch.equal(loss, koleo_loss(features.float()))
+
+
+def test_koleo_of_images_that_are_alike_is_finite_and_of_one_is_refused():
+    features = torch.ones(4, 3, requires_grad=True)
+    loss = koleo_loss(features)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(1e-8), rel=1e-6) and features.grad.isfinite().all()
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        koleo_loss(features[:1])

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from modeling_dino import DINOForPreTraining
 from training import DINOLoss, TrainingArguments, train
 from training.augmentation import CropBatch
-from training.optim import clip_gradients_, parameter_groups
+from training.guard import Guard
+from training.optim import clip_gradients_, gradient_groups, gradient_norms, make_optimizer, parameter_groups
 from training.schedules import Schedule
 from training.signals import Signals
 from training.train import make_teacher, train_step
@@ -24,8 +25,10 @@ train_module = sys.modules[train.__module__]
 FIRST_PIXELS = [-1.04080117, 0.91660416, -1.30419040, -1.10967839]  # of the first recorded crop
 
 
-def test_adamw_trajectory_is_the_originals(monkeypatch):
-    settings, expected = META["trajectory_adamw"], recorded("trajectory_adamw")
+@pytest.mark.parametrize("trajectory", ["adamw", "adamw_free_g", "sgd", "lars"])
+def test_trajectory_is_the_originals(monkeypatch, trajectory):
+    """`free_g` has trainable gains in the last layer. All four start from the same student."""
+    settings, expected = META[f"trajectory_{trajectory}"], recorded(f"trajectory_{trajectory}")
     args = TrainingArguments(
         dataset_name="x",
         output_dir="y",
@@ -40,18 +43,19 @@ def test_adamw_trajectory_is_the_originals(monkeypatch):
             for name in (
                 *("weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "student_temp"),
                 *("center_momentum", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs"),
-                "freeze_last_layer_epochs",
+                *("freeze_last_layer_epochs", "optimizer"),
             )
         },
     )
     num_steps = settings["epochs"] * settings["steps_per_epoch"]
     schedule = Schedule(args, settings["steps_per_epoch"], num_steps, settings["batch"])
-    student = DINOForPreTraining(tiny_config())
-    student.load_state_dict(our_names(expected, "init."))
+    student = DINOForPreTraining(tiny_config(norm_last_layer=settings["norm_last_layer"]))
+    student.load_state_dict(our_names(recorded("trajectory_adamw"), "init."))
     teacher = make_teacher(student)
     dino_loss = DINOLoss(META["K"], args.student_temp, args.center_momentum)
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    optimizer = make_optimizer(student, args)
+    guard = Guard(accelerator, optimizer)
     # the recorded crops are normalised already
     monkeypatch.setattr(train_module, "finish_crops", lambda batch, device, args: batch.crops)
 
@@ -70,8 +74,8 @@ def test_adamw_trajectory_is_the_originals(monkeypatch):
         if not step:  # else PyTorch draws otherwise than it did for the original
             assert crops[0].flatten()[:4].tolist() == pytest.approx(FIRST_PIXELS, abs=1e-7)
         batch = CropBatch(crops, [None, None])
-        signals = Signals(META["K"], "cpu")
-        train_step(accelerator, args, student, teacher, dino_loss, optimizer, [batch], now, signals)
+        signals = Signals(META["K"], "cpu", gradient_groups(student))
+        train_step(accelerator, args, student, teacher, dino_loss, optimizer, [batch], step + 1, now, guard, signals)
         assert signals.read(accelerator)["loss"] == pytest.approx(expected["loss"][step].item(), rel=5e-6)
         torch.testing.assert_close(dino_loss.center, expected[f"step.{step}.center"], rtol=0, atol=1e-6)
 
@@ -104,7 +108,7 @@ def test_each_parameter_is_clipped_by_its_own_norm():
     model = torch.nn.Linear(3, 2)
     model.weight.grad, model.bias.grad = torch.full((2, 3), 10.0), torch.tensor([0.1, 0.2])
     weight_norm = model.weight.grad.norm().item()
-    clip_gradients_(model, 3.0)
+    clip_gradients_(model, 3.0, gradient_norms(model))
     assert model.weight.grad.flatten().tolist() == pytest.approx([10 * 3 / (weight_norm + 1e-6)] * 6)
     assert model.bias.grad.tolist() == pytest.approx([0.1, 0.2])
 

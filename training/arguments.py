@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_origin
+from typing import Literal, get_args, get_origin
 
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -81,11 +81,22 @@ class TrainingArguments(AugmentationArguments):
     num_train_epochs: int = HfArg(default=100, help="Epochs to train.")
     max_steps: int | None = HfArg(default=None, help="Steps to train, instead of num_train_epochs.")
     per_device_train_batch_size: int = HfArg(default=64, help="Images per step and process.")
+    optimizer: Literal["adamw", "sgd", "lars"] = HfArg(
+        default="adamw", help="AdamW, or with momentum 0.9 SGD, or LARS for large batches of convolutional networks."
+    )
     base_learning_rate: float = HfArg(
         default=5e-4, help="Peak learning rate per 256 images; scaled by the batch of all processes."
     )
     min_learning_rate: float = HfArg(default=1e-6, help="Learning rate at the end; not scaled by the batch.")
     warmup_epochs: float = HfArg(default=10, help="Epochs of linear learning rate warm-up.")
+    layer_decay: float = HfArg(
+        default=1.0,
+        help="Learning rate of a Vision Transformer's block over that of the block after it; of the last one, over "
+        "that of the head. Below 1 to start from trained weights.",
+    )
+    patch_embed_lr_multiplier: float = HfArg(
+        default=1.0, help="Factor of a Vision Transformer's patch projection's learning rate, beside layer_decay."
+    )
     weight_decay: float = HfArg(default=0.04, help="Weight decay at the start.")
     weight_decay_end: float = HfArg(default=0.4, help="Weight decay at the end, reached by a cosine.")
     clip_grad: float = HfArg(default=3.0, help="Largest norm of each parameter's gradient; 0 does not clip.")
@@ -98,6 +109,16 @@ class TrainingArguments(AugmentationArguments):
         default=0.996, help="Momentum of the teacher at the start; a cosine takes it to 1."
     )
     center_momentum: float = HfArg(default=0.9, help="Momentum of the centre.")
+    centering: Literal["ema", "sinkhorn_knopp"] = HfArg(
+        default="ema",
+        help="What keeps the teacher from collapse: its moving centre, or Sinkhorn-Knopp, which balances the "
+        "prototypes over each batch of all processes; accumulated batches one by one.",
+    )
+    koleo_weight: float = HfArg(
+        default=0.0,
+        help="Weight of KoLeo, which spreads the student's features of each global crop over a process's batch; "
+        "DINOv2 has 0.1. What is logged as the loss is without it.",
+    )
 
     output_dir: str | None = HfArg(default=None, help="Where the model, metrics.jsonl and checkpoints go.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start anew in an output_dir that holds another run.")
@@ -137,6 +158,10 @@ class TrainingArguments(AugmentationArguments):
         for name in self.allow_changed:
             if name not in names:
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
+        for field in dataclasses.fields(self):
+            allowed, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in allowed:
+                raise ValueError(f"{field.name} must be {' or '.join(allowed)}, got {value}")
         if "" in self.mix_with:
             raise ValueError(f"mix_with must be names or paths of data sets, got {self.mix_with}")
         if self.mix_weights and not self.mix_with:
@@ -157,7 +182,8 @@ class TrainingArguments(AugmentationArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_workers", "freeze_backbone_steps", "warmup_epochs", "freeze_last_layer_epochs",
                      "warmup_teacher_temp_epochs", "seed", "weight_decay", "weight_decay_end", "clip_grad",
-                     "base_learning_rate", "min_learning_rate"):  # fmt: skip
+                     "base_learning_rate", "min_learning_rate", "patch_embed_lr_multiplier",
+                     "koleo_weight"):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, name) >= 0:  # so that nan is none
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
@@ -166,6 +192,13 @@ class TrainingArguments(AugmentationArguments):
         for name in ("momentum_teacher", "center_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        if self.koleo_weight and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "koleo_weight needs neighbours: per_device_train_batch_size must be at least 2, got "
+                f"{self.per_device_train_batch_size}"
+            )
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"max_skipped_fraction must be between 0 and 1, got {self.max_skipped_fraction}")
         if self.eval_crop_pct > 1:

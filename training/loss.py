@@ -1,7 +1,70 @@
-"""The DINO loss. `forward` is pure; the centre moves only when the loop calls `update_center`."""
+"""The DINO loss, and KoLeo. `forward` is pure; the centre moves only when the loop calls `update_center`."""
+
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: torch.Tensor, temp: float, num_iterations: int = 3) -> torch.Tensor:
+    """Targets that use all prototypes alike: (rows, out_dim) logits -> (rows, out_dim) probabilities.
+
+    Of the rows of all processes together, the plain loop is::
+
+        q = exp(logits / temp)
+        for _ in range(num_iterations):
+            q = q / q.sum(0, keepdim=True) / out_dim      # every prototype has the same share of the targets
+            q = q / q.sum(1, keepdim=True) / num_rows     # every row has
+        return q * num_rows
+
+    Done on logarithms, so that nothing overflows and no prototype is divided by zero; what all columns, or all rows,
+    are divided by alike cancels. Processes may hold different numbers of rows. Source: SwAV (arXiv 2006.09882),
+    section 3.2; it replaces the centre in DINOv2 (arXiv 2304.07193), section 4.
+    """
+    scores = logits / temp
+    rows = scores.new_zeros(len(scores), 1)
+    for _ in range(num_iterations):
+        columns = torch.logsumexp(scores - rows, dim=0)
+        if _is_distributed():  # logsumexp over processes
+            largest = columns.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            sums = (columns - largest).exp()
+            dist.all_reduce(sums)
+            columns = sums.log() + largest
+        rows = torch.logsumexp(scores - columns, dim=1, keepdim=True)
+    return (scores - columns - rows).exp()
+
+
+def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """Pushes each image's features away from their nearest neighbour: (batch, hidden) of one crop -> a scalar.
+
+    With `x` the features, each divided by its norm, the plain loop is::
+
+        distances = [min(|x[i] - x[j]| for j in range(batch) if j != i) for i in range(batch)]
+        loss = mean(-log(distance + eps) for distance in distances)
+
+    The neighbours are those of the process's own batch. Computed in fp32 (or fp64) whatever the precision of the
+    features, also under autocast. Source: section 3 of arXiv 1806.03198; DINOv2 (arXiv 2304.07193), section 4.
+
+    Raises:
+        ValueError: if there is one image alone.
+    """
+    if len(features) < 2:
+        raise ValueError(f"KoLeo needs features of at least 2 images, got {len(features)}")
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = nn.functional.normalize(features, dim=-1)
+        with torch.no_grad():
+            similarities = (features @ features.T).fill_diagonal_(-2.0)  # below all cosines
+            neighbours = similarities.argmax(1)
+        distances = torch.linalg.vector_norm(features - features[neighbours], dim=-1)
+        return -torch.log(distances + eps).mean()
 
 
 class DINOLoss(nn.Module):
@@ -22,19 +85,34 @@ class DINOLoss(nn.Module):
         out_dim (`int`): Number of prototypes, K.
         student_temp (`float`, defaults to 0.1): Temperature of the student.
         center_momentum (`float`, defaults to 0.9): Share of the old centre that an update keeps.
+        centering (`"ema"` or `"sinkhorn_knopp"`, defaults to `"ema"`): With the latter, q is by `sinkhorn_knopp` of
+            the teacher's rows, of all views and processes together, and does not see the centre.
 
     `center` is a saved buffer of shape (1, out_dim). Source: section 3.1 and algorithm 1 of arXiv 2104.14294.
     """
 
-    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        centering: Literal["ema", "sinkhorn_knopp"] = "ema",
+    ):
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum
+        self.centering = centering
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def teacher_probs(self, teacher_logits: torch.Tensor, teacher_temp: float) -> torch.Tensor:
-        """The teacher's targets, centred and sharpened: (rows, out_dim) logits -> (rows, out_dim) probabilities."""
-        return torch.softmax((teacher_logits.to(self.center.dtype) - self.center) / teacher_temp, dim=-1)
+        """The teacher's targets, centred and sharpened: (rows, out_dim) logits -> (rows, out_dim) probabilities.
+
+        Of Sinkhorn-Knopp, to be called by all processes, with the rows of one batch.
+        """
+        teacher_logits = teacher_logits.to(self.center.dtype)
+        if self.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(teacher_logits, teacher_temp)
+        return torch.softmax((teacher_logits - self.center) / teacher_temp, dim=-1)
 
     def forward(
         self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, teacher_temp: float, num_crops: int
@@ -79,6 +157,6 @@ class DINOLoss(nn.Module):
         batch_sum = teacher_logits.to(self.center.dtype).sum(0)
         # sum and count travel together, so that processes may hold different numbers of rows
         sum_and_count = torch.cat([batch_sum, batch_sum.new_tensor([num_rows])])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sum_and_count)
+        if _is_distributed():
+            dist.all_reduce(sum_and_count)
         self.center.lerp_(sum_and_count[:-1] / sum_and_count[-1], 1 - self.center_momentum)

@@ -41,14 +41,14 @@ from .checkpoint import (
 from .data import CropLoader, DataError
 from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
-from .loss import DINOLoss
+from .loss import DINOLoss, koleo_loss
 from .monitor import Monitor, draw_crops, draw_curves
 from .optim import (
     clip_gradients_,
     drop_gradients,
     gradient_groups,
     gradient_norms,
-    parameter_groups,
+    make_optimizer,
     update_teacher_,
 )
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
@@ -250,8 +250,8 @@ def train_step(
         NonFiniteError: on all processes, if the loss or a gradient of the step before was no number.
     """
     for group in optimizer.param_groups:
-        group["lr"] = now.learning_rate
-    optimizer.param_groups[0]["weight_decay"] = now.weight_decay
+        group["lr"] = now.learning_rate * group["lr_scale"]
+        group["weight_decay"] = now.weight_decay if group["is_decayed"] else 0.0
 
     losses, logits_sum, num_rows = [], 0, 0
     for number, batch in enumerate(batches, start=1):
@@ -260,11 +260,14 @@ def train_step(
         with nullcontext() if number == len(batches) else accelerator.no_sync(student):
             with torch.no_grad():
                 teacher_logits = teacher(crops[0]).logits
-            student_logits = student(crops).logits
-            loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
-            accelerator.backward(loss)  # of the loss over the number of batches
-        losses.append(loss.detach())
-        signals.add(losses[-1], dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
+            output = student(crops)
+            loss = dino_loss(output.logits, teacher_logits, now.teacher_temp, args.num_crops)
+            total = loss
+            if args.koleo_weight:  # of each global crop by itself: its nearest neighbour would be the other one
+                total = loss + args.koleo_weight * sum(map(koleo_loss, output.pooler_output[: len(crops[0])].chunk(2)))
+            accelerator.backward(total)  # over the number of batches
+        losses.append(total.detach())
+        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     unwrapped = accelerator.unwrap_model(student)
@@ -345,7 +348,8 @@ def train(args: TrainingArguments) -> Path:
     set_seed(args.seed)
     student = make_student(config, args)
     teacher = make_teacher(student)
-    dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum).to(accelerator.device)
+    dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum, args.centering)
+    dino_loss = dino_loss.to(accelerator.device)
     if args.init_from and not checkpoint:
         has_heads = load_initial_weights(args.init_from, student, teacher, dino_loss)
         if not has_heads and args.freeze_backbone_steps is None:
@@ -357,7 +361,7 @@ def train(args: TrainingArguments) -> Path:
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
         share_batch_norms_(student, accelerator.device)
         share_batch_norms_(teacher, accelerator.device)
-    optimizer = torch.optim.AdamW(parameter_groups(student), fused=True)
+    optimizer = make_optimizer(student, args)
     model, optimizer = accelerator.prepare(student, optimizer)
     teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
