@@ -117,6 +117,38 @@ def test_one_of_two_processes_is_asked_and_both_stop(recipe, parquet_folder, tmp
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
+def processes_of(running: subprocess.Popen) -> dict[str, psutil.Process]:
+    """Those that a launcher has started, by rank."""
+    found = {}
+    for process in psutil.Process(running.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.setdefault(process.environ().get("RANK"), process)
+    return found
+
+
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
+def test_process_that_dies_ends_the_others_with_a_message(recipe, parquet_folder, tmp_path, rank):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 400, "--save_steps", 4)
+    running = start(*argv, "--output_dir", tmp_path, "--per_device_train_batch_size", 4, launcher=TWO)
+    wait_until(lambda: has_done(tmp_path, 6), running)
+    processes_of(running)[rank].kill()
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode != 0 and "dino-train: error: another process of the run has ended" in printed
+    assert "step_0000004 is the last checkpoint before" in printed or "step_0000008 is the last" in printed
+
+
+def test_processes_whose_launcher_is_killed_write_a_checkpoint_and_end(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 400, "--save_steps", 1000)
+    running = start(*argv, "--output_dir", tmp_path, "--per_device_train_batch_size", 4, launcher=TWO)
+    wait_until(lambda: has_done(tmp_path, 3), running)
+    left = list(processes_of(running).values())
+    running.kill()
+    printed, _ = running.communicate(timeout=60)  # of all who share its output
+    assert not psutil.wait_procs(left, timeout=10)[1]
+    [checkpoint] = (tmp_path / "checkpoints").iterdir()
+    assert f"Stopped by its launcher's end after step {int(checkpoint.name[5:])} of 2000" in printed
+
+
 @pytest.fixture(scope="module")
 def finished(recipe, parquet_folder, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("finished") / "run"

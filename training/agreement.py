@@ -1,10 +1,23 @@
 """What processes must decide together, told by way of their processors, so that no device has to be waited for."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+
+
+@contextmanager
+def lost_process_explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
+    """Within, the error that one process gets when another has died is a `ValueError` for the user."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has none of its own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ValueError(f"another process of the run has ended; {last_checkpoint()}") from error
 
 
 class Agreement:

@@ -36,6 +36,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folder for folder in folders if re.fullmatch(r"step_\d+", folder.name))
 
 
+def last_checkpoint(output_dir: Path) -> str:
+    """What of a run is safe, for a message that it has failed."""
+    checkpoints = list_checkpoints(output_dir)
+    return f"{checkpoints[-1]} is the last checkpoint before" if checkpoints else "there is no checkpoint yet"
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     agreement: Agreement,

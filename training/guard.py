@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, finish_crops
-from .checkpoint import list_checkpoints
+from .checkpoint import last_checkpoint
 
 
 MAX_OVERFLOWS = 25  # of fp16, one after another; the scale has then fallen from 65536 to 0.002
@@ -134,6 +134,5 @@ def _explain(
             f"suspect: the learning rate, {learning_rate:.1e} at this step; lower base_learning_rate, or raise "
             "warmup_epochs"
         )
-    checkpoints = list_checkpoints(Path(args.output_dir))
-    kept = f"{checkpoints[-1]} is the last checkpoint before" if checkpoints else "there is no checkpoint yet"
+    kept = last_checkpoint(Path(args.output_dir))
     return f"{error}{where} and was not used; {suspect}. {kept}, and the images of the step are in {file}"

@@ -1,5 +1,6 @@
 """A run that is told to stop finishes its step, writes a checkpoint, and says by its exit code that it can go on."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # scancel and preempt
 
 
 class Interruption:
-    """What has been asked for, so far."""
+    """What has been asked for, so far. To be made while the launcher is there."""
 
     def __init__(self):
-        self.name: str | None = None  # of the signal
+        self._signal: str | None = None
+        is_launched = "TORCHELASTIC_RUN_ID" in os.environ  # and so a child of torchrun or accelerate launch
+        self._launcher = os.getppid() if is_launched else None
+
+    @property
+    def name(self) -> str | None:
+        """The signal's, if there was one. A launcher that was killed leaves processes that nothing else would end."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            return "its launcher's end"
+        return self._signal
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -31,9 +41,9 @@ class Interruption:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
-        if number == signal.SIGINT and self.name is not None:
+        if number == signal.SIGINT and self._signal is not None:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
 
 
 def leave_signals_to_parent() -> None:

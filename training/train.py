@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from datasets import ClassLabel, Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import CONFIG_MAPPING
@@ -25,13 +25,14 @@ from modeling_dino.command_line import nearest
 from modeling_dino.configuration_dino import VIT_FIELDS
 from modeling_dino.image_processing_dino import make_image_processor
 
-from .agreement import Agreement
+from .agreement import Agreement, lost_process_explained
 from .arguments import CONFIGS, TrainingArguments, find_config
 from .augmentation import CropBatch, finish_crops
 from .batch_norm import share_batch_norms_
 from .checkpoint import (
     check_same_settings,
     find_checkpoint,
+    last_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_initial_weights,
@@ -295,7 +296,8 @@ def make_accelerator() -> Accelerator:
     Raises:
         ValueError: a launcher that Accelerate does not see, or settings of it that training would not follow.
     """
-    accelerator = Accelerator()
+    # buffers are the same on all processes already: a frozen weight_g, and statistics that batch norms share
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
@@ -428,7 +430,8 @@ def train(args: TrainingArguments) -> Path:
         run_evaluation(0)
     model.train()
     faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
-    with closing(monitor), interruption.noted(), faults_explained:
+    loss_explained = lost_process_explained(lambda: last_checkpoint(output_dir))
+    with closing(monitor), interruption.noted(), faults_explained, loss_explained:
         for step in range(first_step, num_steps):
             now = schedule(step)
             if step > first_step:
