@@ -161,3 +161,22 @@ def test_crops_that_are_no_numbers_stop_all_processes_and_are_named(recipe, flat
     assert len(images) == 4 * processes
     [bad] = [image for image in images if not image["is_finite"]]
     assert bad["process"] == processes - 1
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("regional", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compiled_run_ends_as_one_that_is_not(recipe, parquet_folder, tmp_path, processes, regional):  # noqa: F811
+    """By Accelerate's plugin; with the backend that traces as the others do but needs no compiler."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0")
+    argv += ("--per_device_train_batch_size", 8 // processes)
+    plain = TWO if processes == 2 else ("-m",)
+    trained(*argv, "--output_dir", tmp_path / "plain", launcher=plain)
+    launcher = TWO if processes == 2 else (*TWO[:2], "--cpu", "--num_processes", "1", "-m")
+    flags = ("--dynamo_backend", "aot_eager") + regional * ("--dynamo_use_regional_compilation",)
+    trained(*argv, "--output_dir", tmp_path / "compiled", launcher=(*launcher[:-1], *flags, "-m"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("compiled", "plain"))
+    assert one.keys() == other.keys()
+    assert {name for name in weights(tmp_path / "compiled", 10, "student")} == {
+        name for name in weights(tmp_path / "plain", 10, "student")
+    }

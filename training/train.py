@@ -271,7 +271,7 @@ def train_step(
         signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
-    unwrapped = accelerator.unwrap_model(student)
+    unwrapped = accelerator.unwrap_model(student, keep_torch_compile=False)
     accelerator.unscale_gradients(optimizer)  # of fp16's scale
     norms = gradient_norms(unwrapped)
     is_left_out = guard.check(step, batches, losses, norms)
