@@ -39,6 +39,7 @@ from .checkpoint import (
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
+from .dry_run import describe, without_downloads
 from .interruption import EXIT_CODE, Interruption
 from .loss import DINOLoss
 from .monitor import Monitor, draw_crops, draw_curves
@@ -281,6 +282,8 @@ def make_accelerator() -> Accelerator:
 def train(args: TrainingArguments) -> Path:
     """Trains as `args` says; returns the folder with the teacher's backbone, its image processor and the metrics.
 
+    With `dry_run`, the same checks are made, what would happen is printed, and the folder is not touched.
+
     Raises:
         ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
             which leaves the last checkpoint from before; or, when all is saved, an upload that failed.
@@ -294,11 +297,12 @@ def train(args: TrainingArguments) -> Path:
     config = load_config(args)
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     num_accumulated = accelerator.gradient_accumulation_steps
-    loader = CropLoader(args, config.num_channels, num_accumulated)
+    data_args = without_downloads(args) if args.dry_run else args
+    loader = CropLoader(data_args, config.num_channels, num_accumulated)
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
-    evaluate = KNNEvaluation(args, image_processor) if args.eval_steps else None
+    evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
     checkpoint = None
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
@@ -313,6 +317,13 @@ def train(args: TrainingArguments) -> Path:
             f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
             "--overwrite_output_dir to lose it"
         )
+
+    if args.dry_run:
+        if accelerator.is_main_process:
+            student = make_student(config, args)
+            print(describe(args, student, schedule, accelerator, loader.num_images, checkpoint))
+        accelerator.end_training()
+        return output_dir
 
     set_seed(args.seed)
     student = make_student(config, args)
