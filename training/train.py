@@ -276,6 +276,8 @@ def make_accelerator() -> Accelerator:
     requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested not in ("no", "bf16"):
         raise ValueError(f"mixed_precision of accelerate launch must be no or bf16, got {requested}")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("the teacher cannot follow a student that is cut up: use MULTI_GPU instead of FSDP")
     return accelerator
 
 
