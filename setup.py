@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["modeling_dino", "training", "evaluation", "configs"],
-    package_data={"configs": ["*.yaml", "models/*.json"]},
+    package_data={"configs": ["*.yaml", "models/*.json", "accelerate/*.yaml", "slurm/*.sbatch"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

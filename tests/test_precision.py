@@ -19,7 +19,7 @@ import sys, torch
 from accelerate import Accelerator
 from training.__main__ import main, train
 module = sys.modules[train.__module__]
-def make_accelerator():
+def make_accelerator(_):
     accelerator = Accelerator()
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", **SCALER)
     return accelerator

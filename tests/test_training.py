@@ -273,7 +273,7 @@ def test_accumulated_batches_train_as_a_large_one(recipe, parquet_folder, tmp_pa
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     trained(*argv, "--output_dir", tmp_path / "large")
     argv += ("--per_device_train_batch_size", 8 // 4 // num_processes, "--num_workers", 1)
-    options["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"
+    argv += ("--gradient_accumulation_steps", 4)
     trained(*argv, "--output_dir", tmp_path / "small", **options)
     trained(*argv, "--output_dir", tmp_path / "small", "--resume_from_checkpoint",
             tmp_path / "small/checkpoints/step_0000003", **options)  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import ClassVar, Literal, get_args, get_origin
 
 import yaml
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -22,6 +22,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 @dataclass
 class TrainingArguments(AugmentationArguments):
     """Settings of a training run, beside those of the augmentation. Defaults are the original's `main_dino.py`."""
+
+    origins: ClassVar[dict[str, str]] = {}  # of settings that a command line gave: "flag", or its recipe's name
 
     dataset_name: str | None = HfArg(
         default=None,
@@ -80,7 +82,10 @@ class TrainingArguments(AugmentationArguments):
 
     num_train_epochs: int = HfArg(default=100, help="Epochs to train.")
     max_steps: int | None = HfArg(default=None, help="Steps to train, instead of num_train_epochs.")
-    per_device_train_batch_size: int = HfArg(default=64, help="Images per step and process.")
+    per_device_train_batch_size: int = HfArg(default=64, help="Images per process and batch.")
+    gradient_accumulation_steps: int = HfArg(
+        default=1, help="Batches of a process that make one step; centre and teacher move once a step."
+    )
     optimizer: Literal["adamw", "sgd", "lars"] = HfArg(
         default="adamw", help="AdamW, or with momentum 0.9 SGD, or LARS for large batches of convolutional networks."
     )
@@ -145,6 +150,9 @@ class TrainingArguments(AugmentationArguments):
     max_eval_samples: int | None = HfArg(default=None, help="Use this many images of each split in k-NN at most.")
     per_device_eval_batch_size: int = HfArg(default=128, help="Images per forward pass in k-NN.")
     seed: int = HfArg(default=0, help="Seed of everything random.")
+    dry_run: bool = HfArg(
+        default=False, help="Print settings, schedule, parameters and memory of the run instead of starting it."
+    )
     push_to_hub: bool = HfArg(default=False, help="Upload the finished run, without its checkpoints, to the Hub.")
     hub_model_id: str | None = HfArg(default=None, help="Name on the Hub, as user/model.")
     hub_private_repo: bool = HfArg(default=False, help="Make the repository private, if it is new.")
@@ -175,9 +183,9 @@ class TrainingArguments(AugmentationArguments):
             raise ValueError(f"mix_weights must be above 0 and finite, got {self.mix_weights}")
         if not 0 < self.stream_timeout <= 1e6:
             raise ValueError(f"stream_timeout must be above 0 and at most 1e6 seconds, got {self.stream_timeout}")
-        for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "num_examples", "save_steps",
-                     "save_total_limit", "logging_steps", "eval_steps", "max_eval_samples",
-                     "per_device_eval_batch_size"):  # fmt: skip
+        for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+                     "num_examples", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
+                     "max_eval_samples", "per_device_eval_batch_size"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_workers", "freeze_backbone_steps", "warmup_epochs", "freeze_last_layer_epochs",
@@ -247,6 +255,8 @@ def _yaml_flags(path: Path) -> list[str]:
 def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArguments:
     """Settings from a command line. `--config FILE` names a YAML of the same settings, which flags override.
 
+    `origins` of what is returned says of every setting that was given whether a flag or the recipe did.
+
     Raises:
         ValueError: an unknown YAML key (names the nearest one) or a value that is not allowed.
         SystemExit: with code 2 and one line on stderr, for an unknown flag or a value of the wrong type.
@@ -256,14 +266,27 @@ def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArgume
     parser.add_argument("--config", help="YAML of settings: a path, or a name in configs.")
     parser.add_argument("--debug", action="store_true", help="Show a traceback instead of one line.")
     given, _ = parser.parse_known_args(argv)
+    origins = dict.fromkeys(_named(parser, argv), "flag")
     if given.config is not None:
         path = find_config(given.config, CONFIGS, ".yaml")
         recipe = _yaml_flags(path)
         parser.prog = f"{prog}: {path}"
         recipe_overrides = parser.parse_known_args(recipe)[0].config_overrides  # reports a wrong value with the file
         parser.prog = prog
+        origins = dict.fromkeys(_named(parser, recipe), path.name) | origins
         argv = recipe + argv
     namespace = vars(parser.parse_args(argv))
     if given.config is not None and given.config_overrides:
         namespace["config_overrides"] = recipe_overrides + given.config_overrides  # the last of a field counts
-    return TrainingArguments(**{field.name: namespace[field.name] for field in dataclasses.fields(TrainingArguments)})
+        if recipe_overrides:
+            origins["config_overrides"] = f"{path.name}, flag"
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    args = TrainingArguments(**{name: namespace[name] for name in names})
+    args.origins = {name: origins[name] for name in names if name in origins}
+    return args
+
+
+def _named(parser: _TrainingParser, argv: list[str]) -> set[str]:
+    """Settings that a command line names, which the parser has found right."""
+    flags = [arg.partition("=")[0] for arg in argv if arg.startswith("--")]
+    return {parser._option_string_actions[flag].dest for flag in flags}

@@ -40,6 +40,7 @@ from .checkpoint import (
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
+from .dry_run import describe, without_downloads
 from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
 from .loss import DINOLoss, koleo_loss
@@ -290,14 +291,15 @@ def train_step(
     update_teacher_(teacher, unwrapped, now.teacher_momentum)
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(gradient_accumulation_steps: int = 1) -> Accelerator:
     """The launcher's processes and precision.
 
     Raises:
         ValueError: a launcher that Accelerate does not see, or settings of it that training would not follow.
     """
     # buffers are the same on all processes already: a frozen weight_g, and statistics that batch norms share
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(gradient_accumulation_steps=gradient_accumulation_steps, kwargs_handlers=[ddp])
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
@@ -314,12 +316,14 @@ def make_accelerator() -> Accelerator:
 def train(args: TrainingArguments) -> Path:
     """Trains as `args` says; returns the folder with the teacher's backbone, its image processor and the metrics.
 
+    With `dry_run`, the same checks are made, what would happen is printed, and the folder is not touched.
+
     Raises:
         ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
             which leaves the last checkpoint from before; or, when all is saved, an upload that failed.
         SystemExit: with code 75, when SIGTERM, SIGINT or SIGUSR1 has asked for an end; a checkpoint is written before.
     """
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(args.gradient_accumulation_steps)
     output_dir = Path(args.output_dir)
     if args.push_to_hub:
         check_hub_settings(args.hub_model_id)
@@ -327,11 +331,12 @@ def train(args: TrainingArguments) -> Path:
     config = load_config(args)
     image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
     num_accumulated = accelerator.gradient_accumulation_steps
-    loader = CropLoader(args, config.num_channels, num_accumulated)
+    data_args = without_downloads(args) if args.dry_run else args
+    loader = CropLoader(data_args, config.num_channels, num_accumulated)
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
-    evaluate = KNNEvaluation(args, image_processor) if args.eval_steps else None
+    evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
     checkpoint = None
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
@@ -358,6 +363,12 @@ def train(args: TrainingArguments) -> Path:
             schedule.freeze_backbone_steps = steps_per_epoch
     if args.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print(describe(args, student, schedule, accelerator, loader.num_images, checkpoint))
+        accelerator.end_training()
+        return output_dir
+
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes

@@ -1,0 +1,221 @@
+"""`--dry_run` by the real command: its numbers against independent ones, and that it leaves nothing behind."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from modeling_dino import DINOConfig, DINOForPreTraining
+from training import TrainingArguments, train
+from training.__main__ import train_from_command_line
+from training.arguments import parse_arguments
+from training.dry_run import activation_bytes, find_origins, state_bytes
+from training.optim import parameter_groups
+
+from .hub import Hub
+from .test_bad_input import answer
+from .test_hub import client
+from .test_training import RECIPE, command, recipe, trained  # noqa: F401
+
+
+def section(printed: str, title: str) -> list[list[str]]:
+    """Cells of the rows below a title."""
+    [block] = [block for block in printed.split("\n\n") if block.startswith(title)]
+    return [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()[1:]]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file with its bytes and the time of its last change."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def imagenet_run(flat_folder, tmp_path_factory):
+    """What is printed of the original's first run, on one process with the batch of its eight. Of ImageNet, which is
+    not here, the number of images alone matters."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    argv = ("--config", "imagenet_vit_small_patch16", "--dataset_name", flat_folder, "--dry_run")
+    return trained(*argv, "--output_dir", folder / "run", "--per_device_train_batch_size", "512"), folder
+
+
+def test_schedule_of_the_imagenet_run_has_the_originals_numbers(imagenet_run):
+    rows = {int(row[0]): row[1:] for row in section(imagenet_run[0], "Schedule")[1:]}
+    assert rows.keys() == {0, 2502, 25_020, 62_550, 125_100, 187_650, 250_199}
+    assert rows[0] == ["0.00", "0.0000e+00", "0.04000", "0.9960000", "0.0400", "frozen"]
+    assert rows[25_020][:2] == ["10.00", "1.0000e-03"]
+    # of the original, at half of the training and at its last step
+    assert rows[125_100] == ["50.00", "5.8724e-04", "0.22000", "0.9980000", "0.0400", "trained"]
+    assert rows[250_199] == ["100.00", "1.0000e-06", "0.40000", "1.0000000", "0.0400", "trained"]
+    assert [row[-1] for row in rows.values()] == ["frozen"] + ["trained"] * 6
+
+
+def test_steps_batch_and_parameters_of_the_imagenet_run(imagenet_run):
+    run = dict(section(imagenet_run[0], "Run"))
+    assert run == {
+        "images per epoch": "1,281,167", "global batch": "512 = 1 process x 512 images", "steps per epoch": "2,502",
+        "steps in all": "250,200", "peak learning rate": "0.001", "starts from": "random weights",
+    }  # fmt: skip
+    # 22 352 128 with the prototypes' gains, which are no parameters as they are fixed
+    head = 22_352_128 - 65_536
+    assert section(imagenet_run[0], "Parameters") == [
+        ["backbone", "21,665,664"], ["head", f"{head:,}"], ["student and teacher", f"{2 * (21_665_664 + head):,}"],
+    ]  # fmt: skip
+
+
+def test_memory_of_the_imagenet_run(imagenet_run):
+    rows = {row[0]: float(row[1].removesuffix(" GiB")) for row in section(imagenet_run[0], "Memory") if len(row) > 1}
+    trained, gains = 21_665_664 + 22_352_128 - 65_536, 65_536
+    network = 4 * (trained + gains) / 2**30
+    assert rows["student"] == rows["teacher"] == pytest.approx(network, abs=6e-4)
+    assert rows["gradients"] == pytest.approx(4 * trained / 2**30, abs=6e-4)
+    assert rows["optimiser"] == pytest.approx(8 * trained / 2**30, abs=6e-4)
+    *parts, total = rows.values()
+    assert total == pytest.approx(sum(parts), abs=3e-3)
+    # twelve blocks, in fp32, of 2 x 197 and 8 x 37 tokens an image
+    blocks = 512 * 12 * (2 * 197 + 8 * 37) * 4 * (8 + 2 * 4) * 384 / 2**30
+    logits = 512 * 10 * 65_536 * 4 / 2**30
+    assert blocks + logits < rows["activations, estimated, fp32"] < 1.15 * (blocks + logits)
+
+
+def test_settings_come_with_their_origin_and_those_that_were_given_come_first(imagenet_run, flat_folder):
+    printed, folder = imagenet_run
+    yaml_name = "imagenet_vit_small_patch16.yaml"
+    assert section(printed, "Settings\n") == [
+        ["dataset_name", "flag", str(flat_folder)],
+        ["streaming", yaml_name, "true"],
+        ["num_examples", yaml_name, "1281167"],
+        ["model_config", yaml_name, "vit_small_patch16"],
+        ["num_train_epochs", yaml_name, "100"],
+        ["per_device_train_batch_size", "flag", "512"],
+        ["output_dir", "flag", str(folder / "run")],
+        ["eval_split", yaml_name, "validation"],
+    ]
+    cells = sum(section(printed, "Settings left at their default"), [])
+    defaults = dict(zip(cells[::2], cells[1::2]))
+    assert defaults["clip_grad"] == "3" and defaults["local_crops_scale"] == "0.05 0.4"
+    assert defaults["init_from"] == "none" and "num_examples" not in defaults
+
+
+def test_origin_of_each_setting(tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"seed": 0, "hue": 0.2, "config_overrides": {"out_dim": 8}}))
+    argv = ["--config", str(tmp_path / "mine.yaml"), "--dataset_name", "x", "--output_dir=y", "--hue", "0.3"]
+    origins = find_origins(parse_arguments([*argv, "--config_overrides", "out_dim=9", "--clip-grad", "3"]))
+    assert {name: origin for name, origin in origins.items() if origin != "default"} == {
+        "dataset_name": "flag", "output_dir": "flag", "hue": "flag", "clip_grad": "flag", "seed": "mine.yaml",
+        "config_overrides": "mine.yaml, flag",
+    }  # fmt: skip
+    origins = find_origins(TrainingArguments(dataset_name="x", output_dir="y", seed=3))
+    assert {name for name, origin in origins.items() if origin == "given"} == {"dataset_name", "output_dir", "seed"}
+    assert not {"flag", "mine.yaml"} & set(origins.values())
+
+
+def test_nothing_is_touched(imagenet_run, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+    """No folder is made, and of a run that is there already, not a byte or a time changes: neither where it would be
+    gone on with nor where it would be lost."""
+    assert not list(imagenet_run[1].iterdir())
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--max_steps", "5")
+    trained(*argv)
+    before = contents(tmp_path)
+    printed = trained(*argv, "--dry_run", "--resume_from_checkpoint", "latest")
+    assert dict(section(printed, "Run"))["starts from"] == str(tmp_path / "run/checkpoints/step_0000005")
+    assert trained(*argv, "--dry_run", "--overwrite_output_dir", "--eval_steps", "1").endswith("or written.\n")
+    assert "holds another run" in answer(train_from_command_line, (*argv, "--dry_run"), capsys)
+    assert contents(tmp_path) == before
+    arguments = json.loads((tmp_path / "run/checkpoints/step_0000005/manifest.json").read_text())["arguments"]
+    assert arguments["dry_run"] is False and "origins" not in arguments
+
+
+def test_several_processes_print_once(recipe, parquet_folder, tmp_path):  # noqa: F811
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    printed = trained(*argv, "--gradient_accumulation_steps", 2, launcher=launcher)
+    run = dict(section(printed, "Run"))
+    assert run["global batch"] == "32 = 2 processes x 8 images x 2 accumulated"
+    assert (run["steps per epoch"], run["steps in all"]) == ("1", "2")
+    assert "gradients' buckets (DDP)" in dict(section(printed, "Memory")[:-1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_python(flat_folder, tmp_path, capsys):
+    fields = {name: value for name, value in RECIPE.items() if name != "config_overrides"}
+    overrides = [f"{name}={value}" for name, value in RECIPE["config_overrides"].items()]
+    args = TrainingArguments(
+        **fields, config_overrides=overrides, dataset_name=str(flat_folder), output_dir=str(tmp_path / "run"),
+        dry_run=True,
+    )  # fmt: skip
+    assert train(args) == tmp_path / "run" and not list(tmp_path.iterdir())
+    given = section(capsys.readouterr().out, "Settings\n")
+    assert ["dataset_name", "given", str(flat_folder)] in given and {origin for _, origin, _ in given} == {"given"}
+
+
+def test_images_of_the_hub_stay_there(recipe, parquet_folder, tmp_path):  # noqa: F811
+    """Not streamed, the run itself would take them all before its first step."""
+    with Hub() as hub:
+        hub.add_dataset(
+            "tester/images", {f"data/{path.name}": path.read_bytes() for path in parquet_folder.glob("*.parquet")}
+        )
+        argv = ("--config", recipe, "--dataset_name", "tester/images", "--output_dir", tmp_path / "run", "--dry_run")
+        finished = command(*argv, "--max_steps", "7", **client(hub.url, tmp_path / "home"))
+        assert finished.returncode == 0, finished.stderr
+        assert dict(section(finished.stdout, "Run"))["steps in all"] == "7"
+        assert not list((tmp_path / "home").rglob("*.parquet")) and not list((tmp_path / "home").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--teacher_tmp", "1"], "there is no option --teacher_tmp, did you mean --teacher_temp?"),
+        (["--warmup_epochs", "3"], "warmup_epochs = 3 is 15 steps at 5 steps an epoch, and the training has only 10"),
+        (["--per_device_train_batch_size", "64"], "there are 40 images, fewer than one batch of 64"),
+        (["--config_overrides", "hiden_size=3"], "the model's config has no field hiden_size, did you mean hidden_si"),
+    ],
+)
+def test_bad_settings_end_as_they_do_without_it(recipe, parquet_folder, tmp_path, capsys, flags, message):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    assert message in answer(train_from_command_line, (*argv, *flags), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+@pytest.mark.parametrize("backbone", [{}, {"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}])
+def test_state_is_what_a_step_really_leaves(norm_last_layer, backbone):
+    """Of networks, gradients and AdamW after a step; its counters, one number a parameter, are not counted."""
+    small = {} if backbone else {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DINOConfig(out_dim=64, norm_last_layer=norm_last_layer, **small, **backbone)
+    student = DINOForPreTraining(config)
+    optimizer = torch.optim.AdamW(parameter_groups(student))
+    student(torch.randn(2, 3, 64, 64)).logits.sum().backward()
+    optimizer.step()
+    parts = state_bytes(student, num_processes=1, optimizer="adamw")
+    assert parts["student"] == parts["teacher"] == sum(tensor.nbytes for tensor in student.state_dict().values())
+    assert parts["gradients"] == sum(p.grad.nbytes for p in student.parameters() if p.requires_grad)
+    states = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
+    assert parts["optimiser"] == sum(tensor.nbytes for tensor in states)
+    assert state_bytes(student, 2, "adamw")["gradients' buckets (DDP)"] == parts["gradients"]
+
+
+def test_activations_of_many_images_follow_from_those_of_two():
+    """Exactly, as far as what autograd keeps goes: the estimate for 6 images is what 6 images keep."""
+    args = TrainingArguments(dataset_name="x", output_dir="y", global_crop_size=32, local_crop_size=16)
+    config = DINOConfig(image_size=32, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, out_dim=50)
+    student = DINOForPreTraining(config).train()
+
+    def estimate(num_images: int) -> int:
+        args.per_device_train_batch_size = num_images
+        return activation_bytes(args, student, is_mixed=False)
+
+    kept = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.add(tensor) or tensor, lambda tensor: tensor):
+        logits = student([torch.zeros(12, 3, 32, 32), torch.zeros(48, 3, 16, 16)]).logits
+    own = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    really = sum(size for address, size in storages.items() if address not in own)
+    loss = 10 * 6 * 50 * 4 + 3 * 2 * 6 * 50 * 4  # logits over the temperature; targets, and what is made of them
+    assert logits.shape == (60, 50)
+    assert really < estimate(6) < really + 3 * loss
+    assert estimate(6) - estimate(5) == estimate(2) - estimate(1)
+    assert math.isclose(estimate(600), 100 * estimate(6), rel_tol=0.05)

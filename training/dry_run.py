@@ -1,0 +1,216 @@
+"""What a run would be, told before it is one: `--dry_run`. Nothing here writes, deletes, or starts a worker.
+
+Memory that follows from the network is exact; that of its activations is an estimate, see `activation_bytes`.
+"""
+
+import dataclasses
+import math
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from evaluation.images import is_path
+from modeling_dino import DINOForPreTraining
+
+from .arguments import TrainingArguments
+from .augmentation import NUM_GLOBAL_CROPS
+from .loss import DINOLoss
+from .schedules import Schedule
+
+
+NUM_MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # fp32 copies of the trained parameters that an optimiser keeps
+
+
+def without_downloads(args: TrainingArguments) -> TrainingArguments:
+    """Settings to look at the data with: as a stream where they are on the Hub, whose images then stay there."""
+    names = (args.dataset_name, *args.mix_with)
+    return args if all(map(is_path, names)) else dataclasses.replace(args, streaming=True)
+
+
+def describe(
+    args: TrainingArguments,
+    student: DINOForPreTraining,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    num_images: int | None,
+    checkpoint: Path | None,
+) -> str:
+    """All that `--dry_run` prints, for a person: settings, data, schedule, parameters, memory per device."""
+    return "\n\n".join(
+        [
+            _settings(args),
+            _data(args, schedule, accelerator, num_images, checkpoint),
+            _schedule(schedule),
+            _parameters(student),
+            _memory(args, student, accelerator),
+            "Dry run: nothing was trained or written.",
+        ]
+    )
+
+
+def find_origins(args: TrainingArguments) -> dict[str, str]:
+    """Where each setting has its value from: `flag`, the name of a recipe, `given` (from Python) or `default`."""
+    defaults = TrainingArguments(dataset_name="", output_dir="")
+    origins = {}
+    for field in dataclasses.fields(args):
+        is_default = getattr(args, field.name) == getattr(defaults, field.name)
+        origins[field.name] = args.origins.get(field.name) or ("default" if is_default else "given")
+    return origins
+
+
+def _settings(args: TrainingArguments) -> str:
+    """What was given comes first; defaults go in two columns."""
+    origins = find_origins(args)
+    del origins["dry_run"]
+    given = [(name, origin, _shown(getattr(args, name))) for name, origin in origins.items() if origin != "default"]
+    defaults = [(name, _shown(getattr(args, name))) for name, origin in origins.items() if origin == "default"]
+    half = math.ceil(len(defaults) / 2)
+    side_by_side = [left + right for left, right in zip_longest(defaults[:half], defaults[half:], fillvalue=("", ""))]
+    return "\n".join(["Settings", *_columns(given), "", "Settings left at their default", *_columns(side_by_side)])
+
+
+def _shown(value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value)) or "none"
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _columns(rows: list[tuple[str, ...]], align: str = "<") -> list[str]:
+    """Rows as indented lines, their cells below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(f"{cell:{align}{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _data(
+    args: TrainingArguments,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    num_images: int | None,
+    checkpoint: Path | None,
+) -> str:
+    factors = [
+        (accelerator.num_processes, "processes" if accelerator.num_processes > 1 else "process"),
+        (args.per_device_train_batch_size, "images"),
+    ]
+    if accelerator.gradient_accumulation_steps > 1:
+        factors.append((accelerator.gradient_accumulation_steps, "accumulated"))
+    rows = [
+        ("images per epoch", "unknown" if num_images is None else f"{num_images:,}"),
+        ("global batch", f"{math.prod(n for n, _ in factors):,} = {' x '.join(f'{n} {what}' for n, what in factors)}"),
+        ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
+        ("steps in all", f"{schedule.num_steps:,}"),
+        ("peak learning rate", f"{schedule.peak_learning_rate:g}"),
+        ("starts from", str(checkpoint or args.init_from or "random weights")),
+    ]
+    return "\n".join(["Run", *_columns(rows)])
+
+
+def _schedule(schedule: Schedule) -> str:
+    """The schedule where something begins or ends, at every quarter, and at the last step."""
+    args, last = schedule.args, schedule.num_steps - 1
+    starts = [epochs * schedule.steps_per_epoch for epochs in (args.freeze_last_layer_epochs,
+                                                               args.warmup_teacher_temp_epochs)]  # fmt: skip
+    steps = {0, schedule.warmup_steps, *starts, *(schedule.num_steps * quarter // 4 for quarter in (1, 2, 3)), last}
+    rows = [("step", "epoch", "learning rate", "weight decay", "momentum", "temperature", "last layer")]
+    for step in sorted(step for step in steps if step <= last):
+        now = schedule(step)
+        rows.append(
+            (
+                f"{step}",
+                f"{step / schedule.steps_per_epoch:.2f}",
+                f"{now.learning_rate:.4e}",
+                f"{now.weight_decay:.5f}",
+                f"{now.teacher_momentum:.7f}",
+                f"{now.teacher_temp:.4f}",
+                "frozen" if now.freeze_last_layer else "trained",
+            )
+        )
+    return "\n".join(["Schedule (momentum and temperature are the teacher's)", *_columns(rows, align=">")])
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters; batch norms' running statistics and a fixed gain of the prototypes are none."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _parameters(student: DINOForPreTraining) -> str:
+    backbone, head = num_parameters(student.dino), num_parameters(student.head)
+    rows = [("backbone", backbone), ("head", head), ("student and teacher", 2 * (backbone + head))]
+    width = len(f"{rows[-1][1]:,}")
+    return "\n".join(["Parameters", *_columns([(name, f"{number:>{width},}") for name, number in rows])])
+
+
+def state_bytes(student: DINOForPreTraining, num_processes: int, optimizer: str) -> dict[str, int]:
+    """Bytes on every device that stay from step to step. Exact: all is fp32, also under bf16 and fp16.
+
+    Both networks with their buffers; a gradient and the optimiser's moments of every trained parameter; of several
+    processes, the buckets in which DDP exchanges the gradients, which are as large as these.
+    """
+    network = sum(tensor.nbytes for tensor in [*student.parameters(), *student.buffers()])
+    trained = sum(parameter.nbytes for parameter in student.parameters() if parameter.requires_grad)
+    parts = {
+        "student": network,
+        "teacher": network,
+        "gradients": trained,
+        "optimiser": NUM_MOMENTS[optimizer] * trained,
+    }
+    return parts | ({"gradients' buckets (DDP)": trained} if num_processes > 1 else {})
+
+
+def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mixed: bool) -> int:
+    """Estimate of what a step keeps for its backward pass, in bytes, for one device's batch.
+
+    The student and the loss really run forward, on the CPU, for one image and for two, and what autograd then saves is
+    added up, each storage once and without the parameters. Some of it comes with every image and some does not (bf16
+    copies of the weights), so that `images` of them keep ::
+
+        saved(1) + (images - 1) * (saved(2) - saved(1))
+
+    For a block of a Vision Transformer in fp32 that is about `4 * (8 + 2 * mlp_ratio) * hidden_size` bytes a token:
+    the inputs of both norms and of the four linear layers, queries, keys and values, the attention's output, and what
+    goes into the activation. Left out, and so on top of it: crops, the teacher, temporaries of kernels and
+    of the backward pass, and what the allocator loses.
+    """
+
+    def saved(num_images: int) -> int:
+        kept = {}
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()  # kept, so that its address stays its own
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        numbers = {args.global_crop_size: NUM_GLOBAL_CROPS, args.local_crop_size: args.num_local_crops}
+        crops = [
+            torch.zeros(number * num_images, student.config.num_channels, size, size)
+            for size, number in numbers.items()
+            if number
+        ]
+        dino_loss = DINOLoss(student.config.out_dim, args.student_temp)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+                logits = student(crops).logits
+            loss = dino_loss(logits.float(), logits[: NUM_GLOBAL_CROPS * num_images], 1.0, args.num_crops)
+        assert loss.requires_grad  # the graph that has saved them still stands
+        return sum(storage.nbytes() for storage in kept.values())
+
+    one, two = saved(1), saved(2)
+    return one + (args.per_device_train_batch_size - 1) * (two - one)
+
+
+def _memory(args: TrainingArguments, student: DINOForPreTraining, accelerator: Accelerator) -> str:
+    parts = state_bytes(student, accelerator.num_processes, args.optimizer)
+    precision = accelerator.mixed_precision
+    activations = activation_bytes(args, student.train(), is_mixed=precision != "no")
+    title = f"activations, estimated, {'fp32' if precision == 'no' else precision}"
+    rows = [*parts.items(), (title, activations), ("in all", sum(parts.values()) + activations)]
+    rows = [(name, f"{number / 2**30:8.3f} GiB") for name, number in rows]
+    note = "  Activations are what a batch keeps for its backward pass; kernels and the allocator take more."
+    return "\n".join(["Memory per device", *_columns(rows), note])
