@@ -137,8 +137,8 @@ def test_data_of_which_nothing_can_be_decoded_is_no_start(recipe, flat_folder, t
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision of accelerate launch must be no or bf16, got fp16"),
-        ("ACCELERATE_USE_FSDP", "true", "use MULTI_GPU instead of FSDP"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "Using `fp8` precision requires"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16 needs a GPU; on CPU there is bf16"),
     ],
 )
 def test_settings_of_the_launcher_that_training_would_not_follow(

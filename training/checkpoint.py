@@ -27,6 +27,7 @@ from .agreement import Agreement
 from .arguments import TrainingArguments
 from .loss import DINOLoss
 from .schedules import Schedule
+from .sharding import cut_up_like_, whole, whole_network
 from .signals import Signals
 
 
@@ -63,6 +64,8 @@ def save_checkpoint(
     Raises:
         ValueError: on all processes, if one cannot write; what has been written before stays.
     """
+    student, teacher = whole_network(student), whole_network(teacher)
+    optimizer_state = whole(optimizer.state_dict())
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
 
@@ -71,7 +74,7 @@ def save_checkpoint(
         student.save_pretrained(unfinished / "student")
         teacher.save_pretrained(unfinished / "teacher")
         image_processor.save_pretrained(unfinished / "teacher")
-        state = {"step": step, "center": dino_loss.center, "optimizer": optimizer.state_dict(), "data": data_state}
+        state = {"step": step, "center": dino_loss.center, "optimizer": optimizer_state, "data": data_state}
         state["num_processes"] = accelerator.num_processes
         state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
         state["freeze_backbone_steps"] = schedule.freeze_backbone_steps
@@ -297,21 +300,8 @@ def load_initial_weights(
     return not without_head
 
 
-def load_checkpoint(
-    accelerator: Accelerator,
-    folder: Path,
-    student: DINOForPreTraining,
-    teacher: DINOForPreTraining,
-    dino_loss: DINOLoss,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    signals: Signals,
-) -> tuple[int, dict]:
-    """Puts a checkpoint's state into what is given.
-
-    Returns:
-        The steps done and the place in the data. With another number of processes, random states and sums of the
-        signals are not those of the checkpoint, and a warning says so.
+def load_networks(folder: Path, student: DINOForPreTraining, teacher: DINOForPreTraining) -> None:
+    """Puts a checkpoint's weights into both networks.
 
     Raises:
         ValueError: a checkpoint of another network.
@@ -320,9 +310,25 @@ def load_checkpoint(
         saved = DINOForPreTraining.from_pretrained(folder / name)
         _check_same_network(folder / name, saved.config, model.config, _ABOUT_THE_FILE)
         model.load_state_dict(saved.state_dict())
+
+
+def load_progress(
+    accelerator: Accelerator,
+    folder: Path,
+    dino_loss: DINOLoss,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    signals: Signals,
+) -> tuple[int, dict]:
+    """Puts all of a checkpoint's state but the networks' into what is given.
+
+    Returns:
+        The steps done and the place in the data. With another number of processes, random states and sums of the
+        signals are not those of the checkpoint, and a warning says so.
+    """
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     dino_loss.center.copy_(state["center"])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(cut_up_like_(state["optimizer"], optimizer))
     schedule.freeze_backbone_steps = state["freeze_backbone_steps"]
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -8,6 +8,7 @@ from torch import nn
 from modeling_dino import DINOForPreTraining
 
 from .arguments import TrainingArguments
+from .sharding import local, whole
 
 
 def learning_rate_scale(
@@ -150,7 +151,7 @@ class LARS(torch.optim.Optimizer):
 
 def gradient_norms(model: nn.Module) -> torch.Tensor:
     """The norm of every trained parameter's gradient, in the order of `model.parameters()`."""
-    return torch.stack(torch._foreach_norm([parameter.grad for parameter in trained_parameters(model)]))
+    return whole(torch.stack(torch._foreach_norm([parameter.grad for parameter in trained_parameters(model)])))
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -174,7 +175,7 @@ def clip_gradients_(model: nn.Module, max_norm: float, norms: torch.Tensor) -> N
     `norms` are those of `gradient_norms`.
     """
     gradients = [parameter.grad for parameter in trained_parameters(model)]
-    torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
+    torch._foreach_mul_(local(gradients), (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())
 
 
 def drop_gradients(part: nn.Module) -> None:
@@ -186,4 +187,5 @@ def drop_gradients(part: nn.Module) -> None:
 @torch.no_grad()
 def update_teacher_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, over parameters; buffers are not averaged."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), weight=1 - momentum)
+    networks = (local(list(network.parameters())) for network in (teacher, student))
+    torch._foreach_lerp_(*networks, weight=1 - momentum)

@@ -34,8 +34,9 @@ from .checkpoint import (
     find_checkpoint,
     last_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     load_initial_weights,
+    load_networks,
+    load_progress,
     save_checkpoint,
     set_later_checkpoints_aside,
 )
@@ -55,6 +56,7 @@ from .optim import (
 )
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
+from .sharding import shard_, whole_network
 from .signals import Signals
 
 
@@ -308,6 +310,11 @@ def make_accelerator(gradient_accumulation_steps: int = 1) -> Accelerator:
     requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested not in ("no", "bf16", "fp16"):
         raise ValueError(f"mixed_precision of accelerate launch must be no, bf16 or fp16, got {requested}")
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if is_fsdp and not accelerator.is_fsdp2:
+        raise ValueError("FSDP must be fsdp_version 2, on several GPUs")
+    if is_fsdp and requested == "fp16":
+        raise ValueError("FSDP trains in bf16 or fp32, not in fp16")
     if requested == "fp16" and accelerator.device.type == "cpu":  # Accelerate would go on in fp32
         raise ValueError("mixed_precision fp16 needs a GPU; on CPU there is bf16")
     return accelerator
@@ -357,7 +364,9 @@ def train(args: TrainingArguments) -> Path:
     teacher = make_teacher(student)
     dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum, args.centering)
     dino_loss = dino_loss.to(accelerator.device)
-    if args.init_from and not checkpoint:
+    if checkpoint:
+        load_networks(checkpoint, student, teacher)
+    elif args.init_from:
         has_heads = load_initial_weights(args.init_from, student, teacher, dino_loss)
         if not has_heads and args.freeze_backbone_steps is None:
             schedule.freeze_backbone_steps = steps_per_epoch
@@ -374,17 +383,20 @@ def train(args: TrainingArguments) -> Path:
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
         share_batch_norms_(student, accelerator.device)
         share_batch_norms_(teacher, accelerator.device)
-    optimizer = make_optimizer(student, args)
-    model, optimizer = accelerator.prepare(student, optimizer)
-    teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
+    if accelerator.is_fsdp2:
+        if args.optimizer == "sgd":
+            raise ValueError("FSDP trains with optimizer adamw or lars, got sgd")
+        shard_(accelerator, student, teacher)
+        model, teacher_model, optimizer = student, teacher, make_optimizer(student, args)
+    else:
+        model, optimizer = accelerator.prepare(student, make_optimizer(student, args))
+        teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
     first_step, data_state = 0, None
     guard = Guard(accelerator, optimizer)
     signals = Signals(config.out_dim, accelerator.device, gradient_groups(student))
     if checkpoint:
-        first_step, data_state = load_checkpoint(
-            accelerator, checkpoint, student, teacher, dino_loss, optimizer, schedule, signals
-        )
+        first_step, data_state = load_progress(accelerator, checkpoint, dino_loss, optimizer, schedule, signals)
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
     agreement, interruption = Agreement(args.stream_timeout), Interruption()
@@ -409,7 +421,7 @@ def train(args: TrainingArguments) -> Path:
 
     def run_evaluation(step: int) -> None:
         elapsed = monitor.pause()
-        accuracies = evaluate(teacher.dino)
+        accuracies = evaluate(whole_network(teacher).dino)
         monitor.write(step, accuracies)
         best = max(value for name, value in accuracies.items() if name.endswith("top1"))
         monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %" + (" (untrained)" if step == 0 else ""))
@@ -505,6 +517,7 @@ def train(args: TrainingArguments) -> Path:
                 save(done)
                 stop(asked, done)
 
+    teacher = whole_network(teacher)
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
         curves = draw_curves(output_dir, config.out_dim)

@@ -1,0 +1,68 @@
+"""What FSDP2 needs where it has cut the parameters up: each process then holds a part of every one, as a `DTensor`."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import compile_regions_fsdp2
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from modeling_dino import DINOForPreTraining
+
+
+def shard_(accelerator: Accelerator, student: DINOForPreTraining, teacher: DINOForPreTraining) -> None:
+    """Cuts both networks up alike, so that what is done to every element needs no other process.
+
+    Blocks are put together one after another when they are needed, as Accelerate's plugin says. Its own preparation
+    takes one network and one optimiser.
+    """
+    plugin, dynamo = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin
+    how = {
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "offload_policy": plugin.cpu_offload or OffloadPolicy(),
+    }
+    for network in (student, teacher):
+        network.to(accelerator.device)
+        if dynamo.backend != DynamoBackend.NO:
+            compile_regions_fsdp2(network, **dynamo.to_kwargs())
+        for module in network.modules():
+            if type(module).__name__ in network._no_split_modules and module is not network:
+                fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **how)
+        fully_shard(network, **how)
+    # no backward pass follows to do it; the moving average would go to a copy that is thrown away
+    teacher.set_reshard_after_forward(True)
+
+
+def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's parts, in their own memory."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def whole(tree):
+    """A nest of dicts, lists and tensors, in which tensors that are cut up are put together; by all processes."""
+    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
+
+
+def whole_network(network: DINOForPreTraining) -> DINOForPreTraining:
+    """The network itself, or where it is cut up a copy that is not; by all processes."""
+    if not isinstance(network, FSDPModule):
+        return network
+    state = whole(network.state_dict())
+    device = next(iter(state.values())).device
+    copied = DINOForPreTraining(network.config).to(device).eval().requires_grad_(False)
+    copied.load_state_dict(state)
+    return copied
+
+
+def cut_up_like_(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state of an optimiser whose tensors are whole, for one whose parameters may be cut up."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        parameter = parameters[index]
+        if isinstance(parameter, DTensor):
+            for name, value in values.items():
+                if value.shape == parameter.shape:
+                    value = value.to(parameter.device)
+                    values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return state
