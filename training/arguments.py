@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_origin
 
 import yaml
+from accelerate.utils import is_tensorboard_available
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from modeling_dino.command_line import OneLineErrors, nearest
@@ -112,6 +113,11 @@ class TrainingArguments(AugmentationArguments):
     )
     max_eval_samples: int | None = HfArg(default=None, help="Use this many images of each split in k-NN at most.")
     per_device_eval_batch_size: int = HfArg(default=128, help="Images per forward pass in k-NN.")
+    report_to: list[str] = HfArg(
+        default_factory=lambda: ["tensorboard"] if is_tensorboard_available() else [],
+        help="Trackers of Accelerate that get the metrics, such as tensorboard, wandb or trackio; `none` for none. "
+        "Default: tensorboard, if it is installed.",
+    )
     seed: int = HfArg(default=0, help="Seed of everything random.")
     push_to_hub: bool = HfArg(default=False, help="Upload the finished run, without its checkpoints, to the Hub.")
     hub_model_id: str | None = HfArg(default=None, help="Name on the Hub, as user/model.")
