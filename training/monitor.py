@@ -163,7 +163,7 @@ def to_pictures(crops: torch.Tensor, args: AugmentationArguments) -> torch.Tenso
 
 
 def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) -> Path:
-    """Draws what the networks see of the first eight images into `figures/crops.png`: a row each, global ones first."""
+    """Draws what the networks see of the first eight images into `figures/crops.png`: one a row, global ones first."""
     batch_size = len(batch.crops[0]) // NUM_GLOBAL_CROPS
     num_images, gap = min(8, batch_size), 4
     columns = []

@@ -54,12 +54,12 @@ features = model(**inputs).pooler_output  # (1, {backbone.num_features})'''
 
 def unpublish(output_dir: Path) -> None:
     """Removes what `publish`, `write_card` and the figures have left, before another run in the same folder."""
-    for path in [*_published(output_dir), *map(output_dir.joinpath, _PICTURES)]:
-        path.unlink(missing_ok=True)
+    for path in _files(output_dir, _PUBLISHED + _PICTURES):
+        path.unlink()
 
 
-def _published(output_dir: Path) -> list[Path]:
-    return sorted(path for pattern in _PUBLISHED for path in output_dir.glob(pattern) if path.is_file())
+def _files(output_dir: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in output_dir.glob(pattern) if path.is_file())
 
 
 def write_card(
@@ -178,7 +178,7 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
     Raises:
         ValueError: if the Hub cannot be reached or refuses; says how to try again. The folder stays as it is.
     """
-    files = [str(path.relative_to(output_dir)) for path in _published(output_dir)]
+    files = [str(path.relative_to(output_dir)) for path in _files(output_dir, _PUBLISHED)]
     if not {"config.json", "README.md"} <= set(files):
         raise ValueError(f"there is no finished run in {output_dir}: it has no config.json and README.md")
     try:

@@ -517,7 +517,7 @@ def describe_start(args: TrainingArguments, accelerator: Accelerator, first_step
         versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
         logger.info("%s; %d x %s, %s", versions, accelerator.num_processes, accelerator.device,
                     accelerator.mixed_precision)  # fmt: skip
-        logger.info("settings:\n%s", yaml.safe_dump(asdict(args), sort_keys=False))
+        logger.info("settings:\n%s", yaml.safe_dump(asdict(args), sort_keys=False, default_flow_style=None))
 
 
 def stopped_learning(step: int, loss: float, output_dir: Path) -> str:
