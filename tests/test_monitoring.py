@@ -58,6 +58,7 @@ def test_short_run_says_little_and_the_log_says_all(recipe, parquet_folder, tmp_
 
 KILLED = """
 import os, time
+from training import figures
 from training.monitor import Monitor
 from training.__main__ import main
 count, counted = Monitor.count, []
@@ -69,7 +70,7 @@ def count_or_die(self, images):
         os._exit(9)
     count(self, images)
 
-Monitor.count = count_or_die
+Monitor.count, figures.SHARE_OF_TIME = count_or_die, 1e9
 main()
 """
 
@@ -79,6 +80,7 @@ def test_resumed_run_goes_on_in_its_log_and_in_tensorboard(plain, recipe, parque
     argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5")
     assert command(*argv, launcher=("-c",), module=KILLED).returncode == 9
     assert ("loss", 8) in scalars(tmp_path)
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"attention", "crops", "curves"}
     trained(*argv, "--resume_from_checkpoint", "latest")
     assert losses(tmp_path) == losses(plain)
     assert scalars(tmp_path) == pytest.approx(numbers(tmp_path), rel=1e-6)
