@@ -5,7 +5,8 @@ from setuptools import setup
 
 TIMM = ["timm>=1.0"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", *TIMM, *ONNX]
+TENSORBOARD = ["tensorboard>=2.15"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", *TIMM, *ONNX, *TENSORBOARD]
 
 setup(
     name="dino-hf",
@@ -35,6 +36,9 @@ setup(
     extras_require={
         "timm": TIMM,
         "onnx": ONNX,
+        "tensorboard": TENSORBOARD,
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.4"],
         "test": TEST,
         "benchmarks": ["lightly>=1.5"],
         "dev": [*TEST, "ruff>=0.12", "pre-commit>=4"],

@@ -5,7 +5,6 @@ from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
@@ -17,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from modeling_dino import DINOConfig  # which makes AutoModel know DINO
 from modeling_dino.command_line import Parser, run
 
-from .attention import cls_attention, draw_attention
+from .attention import draw_attention_of
 from .features import extract_features, load_model, num_channels
 from .images import decode_image, load_images
 from .knn import knn_accuracy
@@ -90,20 +89,9 @@ def attention(args: Namespace) -> None:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     dataset = load_images(args.dataset_name, args.dataset_config_name, args.eval_split, args.image_column, None)
     model, image_processor = load_model(args.model)
-    if model.config.model_type == "dino" and model.config.backbone_config is not None:
-        raise ValueError(
-            f"a {type(model.backbone).__name__} has no CLS attention; attention is for Vision Transformers"
-        )
     rows = dataset.shuffle(seed=args.seed).select(range(min(args.num_images, len(dataset))))
     images = [decode_image(row["image"], num_channels(model.config)) for row in rows]
-    seen = image_processor(images, return_tensors="pt", input_data_format="channels_first", do_normalize=False)[
-        "pixel_values"
-    ]
-    inputs = image_processor(images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-    maps = cls_attention(model, inputs)
-    pictures = (seen * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    pictures = pictures if pictures.shape[-1] == 3 else np.ascontiguousarray(pictures[..., 0])
-    print(f"wrote {draw_attention(pictures, maps, Path(args.output))}")
+    print(f"wrote {draw_attention_of(model, image_processor, images, Path(args.output))}")
 
 
 def write_json(report: dict, output: str) -> None:

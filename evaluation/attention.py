@@ -21,10 +21,12 @@ def cls_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.T
         token's attention to itself, as in `visualize_attention.py` of the original.
     """
     implementation, was_training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")  # the only one that keeps its weights
-    attention = model.eval()(pixel_values.to(model.device, model.dtype), output_attentions=True).attentions[-1]
-    model.set_attn_implementation(implementation)
-    model.train(was_training)
+    try:
+        model.set_attn_implementation("eager")  # the only one that keeps its weights
+        attention = model.eval()(pixel_values.to(model.device, model.dtype), output_attentions=True).attentions[-1]
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(was_training)
     height, width = (side // model.config.patch_size for side in pixel_values.shape[-2:])
     return attention[:, :, 0, 1:].unflatten(-1, (height, width)).float().cpu()
 
@@ -61,3 +63,25 @@ def draw_attention(images: Sequence[np.ndarray], attention: torch.Tensor, path: 
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def draw_attention_of(model: PreTrainedModel, image_processor, images: Sequence[np.ndarray], path: Path) -> Path:
+    """Draws what a Vision Transformer's CLS token looks at in images (channels, height, width) of uint8.
+
+    Raises:
+        ValueError: a DINO model whose backbone is another network.
+    """
+    if model.config.model_type == "dino" and model.config.backbone_config is not None:
+        raise ValueError(
+            f"a {type(model.backbone).__name__} has no CLS attention; attention is for Vision Transformers"
+        )
+    seen, inputs = (
+        image_processor(images, return_tensors="pt", input_data_format="channels_first", do_normalize=normalized)[
+            "pixel_values"
+        ]
+        for normalized in (False, True)
+    )
+    maps = cls_attention(model, inputs)
+    pictures = (seen * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pictures = pictures if pictures.shape[-1] == 3 else np.ascontiguousarray(pictures[..., 0])
+    return draw_attention(pictures, maps, path)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from modeling_dino.command_line import one_line
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .images import decode_image
@@ -88,8 +89,38 @@ def extract_features(
     Returns:
         Features (images, hidden) in fp32 on the CPU and labels (images,), the same on all processes. Their order is
         the data set's with one process; with several, each process's share follows the one before.
+
+    Raises:
+        ValueError: on all processes, no images; or what else one of them fails with, which the others call a
+            ValueError.
     """
     state = PartialState()
+    try:
+        share, failure = (
+            _extract_share(model, dataset, image_processor, batch_size, num_workers, description, state),
+            None,
+        )
+    except Exception as error:
+        share, failure = None, error
+    # the others wait for this one's share, and so are told that there is none
+    shares = [(share, failure and one_line(failure))]
+    shares = gather_object(shares) if state.num_processes > 1 else shares
+    if failure is not None:
+        raise failure
+    for process, (_, reason) in enumerate(shares):
+        if reason is not None:
+            raise ValueError(f"process {process} did not get {description}: {reason}")
+    features, labels = zip(*(share for share, _ in shares))
+    if not any(map(len, features)):
+        raise ValueError(f"there are no images to compute {description} of")
+    return torch.cat([part for part in features if len(part)]), np.array([label for part in labels for label in part])
+
+
+def _extract_share(
+    model: PreTrainedModel, dataset: Dataset | IterableDataset, image_processor, batch_size: int, num_workers: int,
+    description: str, state: PartialState,
+) -> tuple[torch.Tensor, list]:  # fmt: skip
+    """This process's part of `extract_features`."""
     if state.num_processes > 1:
         dataset = split_dataset_by_node(dataset, state.process_index, state.num_processes)
     collate = ImageCollator(image_processor, num_channels(model.config))
@@ -101,16 +132,14 @@ def extract_features(
     training = {module for module in model.modules() if module.training}
     model.eval()
     features, labels = [], []
-    bar = tqdm(loader, desc=description, total=num_batches, leave=False, disable=not state.is_main_process)
-    for pixel_values, batch_labels in bar:
-        output = model(pixel_values.to(model.device, model.dtype, non_blocking=True))
-        features.append(pooled(model, output).float().cpu())
-        labels.extend(batch_labels)
-    for module in model.modules():
-        module.training = module in training
-    share = [(torch.cat(features) if features else torch.empty(0, 0), labels)]
-    shares = gather_object(share) if state.num_processes > 1 else share
-    features = torch.cat([part for part, _ in shares if len(part)]) if any(len(part) for part, _ in shares) else None
-    if features is None:
-        raise ValueError(f"there are no images to compute {description} of")
-    return features, np.array([label for _, part in shares for label in part])
+    # on a terminal alone
+    bar = tqdm(loader, description, num_batches, leave=False, disable=None if state.is_main_process else True)
+    try:
+        for pixel_values, batch_labels in bar:
+            output = model(pixel_values.to(model.device, model.dtype, non_blocking=True))
+            features.append(pooled(model, output).float().cpu())
+            labels.extend(batch_labels)
+    finally:
+        for module in model.modules():
+            module.training = module in training
+    return torch.cat(features) if features else torch.empty(0, 0), labels

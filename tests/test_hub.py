@@ -50,8 +50,8 @@ def test_run_is_pushed_with_its_code_and_card_and_without_its_checkpoints(hub, p
     folder, printed = pushed
     files = hub.repositories["models/tester/tiny"].files
     assert files.keys() == {
-        "README.md", "config.json", "configuration_dino.py", "curves.png", "metrics.jsonl", "model.safetensors",
-        "modeling_dino.py", "network_dino.py", "preprocessor_config.json",
+        "README.md", "config.json", "configuration_dino.py", "figures/curves.png", "metrics.jsonl",
+        "model.safetensors", "modeling_dino.py", "network_dino.py", "preprocessor_config.json",
     }  # fmt: skip
     assert all((folder / name).read_bytes() == content for name, content in files.items())
     assert f"Uploaded to {hub.url}/tester/tiny" in printed

@@ -1,6 +1,6 @@
 """Runs of two processes whose networks FSDP2 has cut up, against runs of two that are whole.
 
-Accelerate does FSDP2 on accelerators alone; PyTorch does it on processors, too, so Accelerate is told here that it may.
+Accelerate does FSDP2 on accelerators alone; PyTorch does it on processors, too, so Accelerate is told that it may.
 """
 
 import pytest

@@ -153,7 +153,7 @@ def test_printed_snippet_loads_the_teacher(run, tmp_path):
 
 def test_first_crops_are_drawn_as_the_networks_see_them(run):
     """Eight rows of two global crops of 16 and two local ones of 8 pixels; flat where it says so, not normalised."""
-    with Image.open(run[0] / "crops.png") as picture:
+    with Image.open(run[0] / "figures/crops.png") as picture:
         assert picture.size == (2 * 16 + 2 * 8 + 3 * 4, 8 * 20 - 4)
         pixels = np.array(picture)
     assert (pixels[:, 16:20] == 255).all()  # a gap
@@ -167,7 +167,7 @@ def test_waiting_for_data_is_a_share_of_the_time(run):
 
 
 def test_curves_are_drawn(run):
-    with Image.open(run[0] / "curves.png") as picture:
+    with Image.open(run[0] / "figures/curves.png") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
 
 

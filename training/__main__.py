@@ -21,14 +21,16 @@ def train_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
+    code = 0
     try:
         run("dino-train", train_from_command_line)
     except SystemExit as end:
-        if left_behind:  # Python would end under their feet, and they would abort it; all that matters is written
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+        code = end.code
+    if left_behind:  # Python would end under their feet, or wait for them; all that matters is written
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

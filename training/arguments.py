@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_origin
 
 import yaml
+from accelerate.utils import is_tensorboard_available
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from modeling_dino.command_line import OneLineErrors, nearest
@@ -149,6 +150,11 @@ class TrainingArguments(AugmentationArguments):
     )
     max_eval_samples: int | None = HfArg(default=None, help="Use this many images of each split in k-NN at most.")
     per_device_eval_batch_size: int = HfArg(default=128, help="Images per forward pass in k-NN.")
+    report_to: list[str] = HfArg(
+        default_factory=lambda: ["tensorboard"] if is_tensorboard_available() else [],
+        help="Trackers of Accelerate that get the metrics, such as tensorboard, wandb or trackio; `none` for none. "
+        "Default: tensorboard, if it is installed.",
+    )
     seed: int = HfArg(default=0, help="Seed of everything random.")
     dry_run: bool = HfArg(
         default=False, help="Print settings, schedule, parameters and memory of the run instead of starting it."

@@ -31,6 +31,9 @@ from .sharding import cut_up_like_, whole, whole_network
 from .signals import Signals
 
 
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "torchvision")  # whose versions are noted
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = (output_dir / "checkpoints").glob("step_*")
@@ -116,12 +119,11 @@ def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batc
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    libraries = ("torch", "transformers", "accelerate", "datasets", "torchvision")
     manifest = {
         "step": step,
         "global_batch_size": global_batch_size,
         "arguments": asdict(args),
-        "versions": {name: version(name) for name in libraries},
+        "versions": {name: version(name) for name in LIBRARIES},
         "files": files,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -194,7 +196,7 @@ _ABOUT_THE_RUN = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "resume", "allow_changed", "init_from"),
     *("save_steps", "save_total_limit", "logging_steps", "num_workers", "stream_timeout", "max_skipped_fraction"),
     *("eval_steps", "eval_split", "label_column", "eval_crop_pct", "max_eval_samples", "per_device_eval_batch_size"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device", "dry_run"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device", "dry_run", "report_to"),
     *("model_config", "config_overrides"),  # what they make is compared itself
     *("gradient_checkpointing", "tf32"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # of all processes together, see below

@@ -45,7 +45,7 @@ READ_AHEAD = 4  # batches of a stream that are read before they are needed
 NETWORK_ERRORS = (OSError, *CONNECTION_ERRORS_TO_RETRY)
 
 logger = logging.getLogger(__name__)
-left_behind: list[Thread] = []  # readers that wait for a network, and that nobody waits for
+left_behind: list[Thread] = []  # that wait, as for a network, and that nobody waits for
 
 
 class Images(NamedTuple):

@@ -1,6 +1,7 @@
-"""What a person sees of a run: the progress bar, `metrics.jsonl`, and the curves drawn from it."""
+"""What a person sees of a run: the progress, `metrics.jsonl`, and the curves drawn from it."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -17,23 +18,34 @@ from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, fi
 
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
+NUM_PROGRESS_LINES = 8  # where there is no terminal for a bar; and one of the start
+
+logger = logging.getLogger(__name__)
 
 
 class Monitor:
     """Writes on the main process, does nothing on the others.
 
     Args:
-        output_dir: Where `metrics.jsonl` and `curves.png` go.
+        output_dir: Where `metrics.jsonl` goes.
         num_steps: Steps of the whole run.
         first_step: Steps done before; later lines of an existing `metrics.jsonl` are dropped.
         enabled: Whether this is the main process.
         data_advice: Called at every line, for what to say if the training waited for data since the last one.
+        track: Called with every line's values and step, for trackers.
     """
 
     def __init__(
-        self, output_dir: Path, num_steps: int, first_step: int, enabled: bool, data_advice: Callable[[], str]
+        self,
+        output_dir: Path,
+        num_steps: int,
+        first_step: int,
+        enabled: bool,
+        data_advice: Callable[[], str],
+        track: Callable[[dict, int], None],
     ):
-        self.output_dir = output_dir
+        self.track = track
+        self.num_steps, self.first_step = num_steps, first_step
         self.enabled = enabled
         self.metrics_file = output_dir / "metrics.jsonl"
         if enabled:
@@ -46,11 +58,12 @@ class Monitor:
             initial=first_step,
             desc="training",
             unit="step",
-            disable=not enabled,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=None if enabled else True,  # None: unless there is a terminal
+            mininterval=0.5,
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]",
         )
-        self.since = time.perf_counter()
+        self.start = self.since = time.perf_counter()
+        self.progress = -1  # of NUM_PROGRESS_LINES
         self.images = 0
         self.waited = 0.0  # seconds since the last line of metrics
         self.data_advice = data_advice
@@ -101,11 +114,18 @@ class Monitor:
         images_per_second, data_wait = self.images / elapsed, self.waited / elapsed
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
         self.write(step, values | {"images_per_second": images_per_second, "data_wait": data_wait})
-        self.bar.set_postfix_str(
+        summary = (
             f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
-            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}",
-            refresh=False,
+            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}"
         )
+        self.bar.set_postfix_str(summary, refresh=False)
+        progress = step * NUM_PROGRESS_LINES // self.num_steps
+        if self.bar.disable and progress > self.progress:
+            left = (time.perf_counter() - self.start) / (step - self.first_step) * (self.num_steps - step)
+            self.say(f"step {step} of {self.num_steps}: {summary}, {tqdm.format_interval(left)} left")
+            self.progress = progress
+        elif self.enabled:
+            logger.info("step %d of %d: %s", step, self.num_steps, summary)
         self.num_lines += 1
         advice = self.data_advice()
         if data_wait > DATA_WAIT_LIMIT and self.num_lines > 1 and not self.advised:  # the first is of the start, too
@@ -116,10 +136,15 @@ class Monitor:
         if self.enabled:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
+            kinds = {f"skipped/{kind}": number for kind, number in values.get("skipped", {}).items()}
+            self.track({name: value for name, value in values.items() if name != "skipped"} | kinds, step)
 
     def say(self, text: str) -> None:
+        """A line on the console, above the bar, and in the log."""
         if self.enabled:
             tqdm.write(text)
+            sys.stdout.flush()  # a pipe or a file would keep it
+            logger.info(text)
 
     def close(self) -> None:
         self.bar.close()
@@ -131,15 +156,20 @@ def read_metrics(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
+def to_pictures(crops: torch.Tensor, args: AugmentationArguments) -> torch.Tensor:
+    """Normalised crops back to uint8."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.image_mean, args.image_std))
+    return ((crops * std + mean) * 255).round().clamp(0, 255).byte()
+
+
 def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) -> Path:
-    """Draws what the networks see of the first eight images into `crops.png`: a row each, global crops first."""
+    """Draws what the networks see of the first eight images into `figures/crops.png`: one a row, global ones first."""
     batch_size = len(batch.crops[0]) // NUM_GLOBAL_CROPS
     num_images, gap = min(8, batch_size), 4
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (args.image_mean, args.image_std))
     columns = []
     for crops in finish_crops(batch, "cpu", args):
         for seen in crops.split(batch_size):  # of the crop-major rows
-            seen = ((seen[:num_images] * std + mean) * 255).round().clamp(0, 255).byte()
+            seen = to_pictures(seen[:num_images], args)
             columns.append(seen[:, :3] if seen.shape[1] >= 3 else seen[:, :1].expand(-1, 3, -1, -1))
     widths = [pictures.shape[-1] for pictures in columns]
     row = max(widths) + gap
@@ -148,13 +178,14 @@ def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) 
         left = sum(widths[:column]) + gap * column
         for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
             canvas.paste(Image.fromarray(picture), (left, i * row))
-    path = output_dir / "crops.png"
+    path = output_dir / "figures" / "crops.png"
+    path.parent.mkdir(exist_ok=True)
     canvas.save(path)
     return path
 
 
 def draw_curves(output_dir: Path, out_dim: int) -> Path:
-    """Draws loss, teacher entropy and k-NN of a run into `curves.png`; the grey lines are ln K, what chance gives."""
+    """Draws loss, teacher entropy and k-NN of a run into `figures/curves.png`; grey lines: ln K, what chance gives."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +212,8 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
-    path = output_dir / "curves.png"
+    path = output_dir / "figures" / "curves.png"
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

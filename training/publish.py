@@ -20,9 +20,10 @@ from .arguments import TrainingArguments
 from .monitor import read_metrics
 
 
-# what of a run's folder is published: no checkpoints, and nothing that others have put there
+# what of a run's folder is published: no checkpoints, no picture of the images, and nothing that others have put there
 _PUBLISHED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
-              "*_dino.py", "metrics.jsonl", "curves.png", "README.md")  # fmt: skip
+              "*_dino.py", "metrics.jsonl", "figures/curves.png", "README.md")  # fmt: skip
+_PICTURES = ("figures/crops.png", "figures/attention.png")  # of images that are their owner's
 _ADDRESS = "path/to/this/folder"  # in the card, until it is uploaded: a real path would tell of its owner
 
 
@@ -52,13 +53,13 @@ features = model(**inputs).pooler_output  # (1, {backbone.num_features})'''
 
 
 def unpublish(output_dir: Path) -> None:
-    """Removes what `publish` and `write_card` have written, before another run in the same folder."""
-    for path in _published(output_dir):
+    """Removes what `publish`, `write_card` and the figures have left, before another run in the same folder."""
+    for path in _files(output_dir, _PUBLISHED + _PICTURES):
         path.unlink()
 
 
-def _published(output_dir: Path) -> list[Path]:
-    return sorted(path for pattern in _PUBLISHED for path in output_dir.glob(pattern) if path.is_file())
+def _files(output_dir: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in output_dir.glob(pattern) if path.is_file())
 
 
 def write_card(
@@ -93,6 +94,8 @@ def write_card(
         "start": start,
         "loss at the end": f"{losses[-1]:.3f}",
     }
+    has_curves = (Path(args.output_dir) / "figures/curves.png").is_file()
+    curves = "![Loss and teacher entropy over the steps](figures/curves.png)" if has_curves else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     data = ModelCardData(
         library_name="transformers",
@@ -119,7 +122,7 @@ training with dino-hf.
 |---|---|
 {table}
 
-{_describe_knn(metrics, args)}![Loss and teacher entropy over the steps](curves.png)
+{_describe_knn(metrics, num_steps, args)}{curves}
 """
     ModelCard(content).save(Path(args.output_dir) / "README.md")
 
@@ -136,7 +139,7 @@ def _describe(backbone: DINOModel) -> str:
     return type(backbone.backbone).__name__
 
 
-def _describe_knn(metrics: list[dict], args: TrainingArguments) -> str:
+def _describe_knn(metrics: list[dict], num_steps: int, args: TrainingArguments) -> str:
     lines = [line for line in metrics if any(name.startswith("knn_") for name in line)]
     if not lines:
         return ""
@@ -145,10 +148,11 @@ def _describe_knn(metrics: list[dict], args: TrainingArguments) -> str:
         top1 = {name.split("_")[1]: value for name, value in line.items() if name.endswith("_top1")}
         return ", ".join(f"{value:.1f} % (k = {k})" for k, value in top1.items())
 
+    when = "" if lines[-1]["step"] == num_steps else f" after step {lines[-1]['step']}"
     untrained = f"; before training {accuracies(lines[0])}" if lines[0]["step"] == 0 else ""
     return (
         f"k-NN of the features on the split `{args.eval_split}`, by the images of `{args.train_split}`, top-1: "
-        f"{accuracies(lines[-1])}{untrained}.\n\n"
+        f"{accuracies(lines[-1])}{when}{untrained}.\n\n"
     )
 
 
@@ -174,7 +178,7 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
     Raises:
         ValueError: if the Hub cannot be reached or refuses; says how to try again. The folder stays as it is.
     """
-    files = [path.name for path in _published(output_dir)]
+    files = [str(path.relative_to(output_dir)) for path in _files(output_dir, _PUBLISHED)]
     if not {"config.json", "README.md"} <= set(files):
         raise ValueError(f"there is no finished run in {output_dir}: it has no config.json and README.md")
     try:

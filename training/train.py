@@ -2,15 +2,19 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import shutil
 import warnings
 from collections import Counter
 from contextlib import closing, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from datasets import ClassLabel, Dataset
@@ -30,6 +34,7 @@ from .arguments import CONFIGS, TrainingArguments, find_config
 from .augmentation import CropBatch, finish_crops
 from .batch_norm import share_batch_norms_
 from .checkpoint import (
+    LIBRARIES,
     check_same_settings,
     find_checkpoint,
     last_checkpoint,
@@ -42,10 +47,12 @@ from .checkpoint import (
 )
 from .data import CropLoader, DataError
 from .dry_run import describe, without_downloads
+from .figures import Figures, choose_images
 from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
+from .log import RunLog
 from .loss import DINOLoss, koleo_loss
-from .monitor import Monitor, draw_crops, draw_curves
+from .monitor import Monitor, draw_crops
 from .optim import (
     clip_gradients_,
     drop_gradients,
@@ -58,6 +65,10 @@ from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import shard_, whole_network
 from .signals import Signals
+from .trackers import Tracker, find_trackers, tracked
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(args: TrainingArguments) -> DINOConfig:
@@ -331,7 +342,14 @@ def train(args: TrainingArguments) -> Path:
         SystemExit: with code 75, when SIGTERM, SIGINT or SIGUSR1 has asked for an end; a checkpoint is written before.
     """
     accelerator = make_accelerator(args.gradient_accumulation_steps)
+    run_log = RunLog(accelerator.process_index, accelerator.num_processes)
+    with run_log.listening(), tracked(accelerator):
+        return _train(args, accelerator, run_log)
+
+
+def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -> Path:
     output_dir = Path(args.output_dir)
+    trackers = find_trackers(args.report_to)
     if args.push_to_hub:
         check_hub_settings(args.hub_model_id)
     hub_datasets = [name for name in (args.dataset_name, *args.mix_with) if not is_path(name)]
@@ -416,15 +434,38 @@ def train(args: TrainingArguments) -> Path:
                 shutil.rmtree(old)
             (output_dir / "skipped.jsonl").unlink(missing_ok=True)
             unpublish(output_dir)
+            if not args.resume_from_checkpoint:
+                (output_dir / "train.log").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice)
+    run_log.open(output_dir)
+    describe_start(args, accelerator, first_step, num_steps)
+    accelerator.log_with = [Tracker(name, output_dir, first_step, run_log) for name in trackers]
+    accelerator.init_trackers("dino-hf", asdict(args))
+    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice, accelerator.log)
+    images = []
+    if accelerator.is_main_process:
+        with run_log.tolerated("reading images for attention.png"):
+            images_of = evaluate.splits[-1] if evaluate else loader.dataset
+            first_batch = step_batches[0] if first_step < num_steps else None
+            images = choose_images(images_of, first_batch, config.num_channels, args)
+    figures = Figures(output_dir, config.out_dim, image_processor, images, run_log)
 
     def run_evaluation(step: int) -> None:
         elapsed = monitor.pause()
-        accuracies = evaluate(whole_network(teacher).dino)
-        monitor.write(step, accuracies)
-        best = max(value for name, value in accuracies.items() if name.endswith("top1"))
-        monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %" + (" (untrained)" if step == 0 else ""))
+        accuracies = {}
+        with run_log.tolerated(f"k-NN at step {step}") if step else nullcontext():  # at first, settings may be wrong
+            accuracies = evaluate(whole_network(teacher).dino)
+        if accuracies:
+            monitor.write(step, accuracies)
+            best = max(value for name, value in accuracies.items() if name.endswith("top1"))
+            monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %" + (" (untrained)" if step == 0 else ""))
+        monitor.resume(elapsed)
+
+    def draw_figures(at_end: bool = False) -> None:
+        elapsed = monitor.pause()
+        backbone = whole_network(teacher).dino
+        if accelerator.is_main_process:
+            figures.draw(backbone, at_end)
         monitor.resume(elapsed)
 
     def stop(signal_name: str, step: int) -> None:
@@ -472,7 +513,8 @@ def train(args: TrainingArguments) -> Path:
                     ) from error
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
             if step == 0 and accelerator.is_main_process:
-                draw_crops(step_batches[0], args, output_dir)
+                with run_log.tolerated("drawing crops.png"):
+                    draw_crops(step_batches[0], args, output_dir)
             done = step + 1
             train_step(
                 accelerator, args, model, teacher_model, dino_loss, optimizer, step_batches, done, now, guard, signals
@@ -511,19 +553,33 @@ def train(args: TrainingArguments) -> Path:
                     f"{args.max_skipped_fraction}: {monitor.first_skipped()} (all are in "
                     f"{output_dir / 'skipped.jsonl'})"
                 )
-            if evaluate and (is_last or done % args.eval_steps == 0):
+            eval_now = evaluate and (is_last or done % args.eval_steps == 0)
+            if eval_now:
                 run_evaluation(done)
+            if (eval_now or save_now) and not is_last:
+                draw_figures()
             if not is_last and (asked := agreement.first_of_any(interruption.name)):
                 save(done)
                 stop(asked, done)
 
+    draw_figures(at_end=True)
     teacher = whole_network(teacher)
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
-        curves = draw_curves(output_dir, config.out_dim)
         write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size, bool(checkpoint), hub_datasets)
-        monitor.say(f"\nThe teacher's backbone is in {output_dir}, its curves in {curves}. To use it:\n\n{snippet}\n")
+        monitor.say(f"The teacher's backbone is in {output_dir}, figures in {output_dir / 'figures'}. To use it:")
+        monitor.say(snippet)
         if args.push_to_hub:
             monitor.say(f"Uploaded to {upload(output_dir, args.hub_model_id, args.hub_private_repo)}")
     accelerator.end_training()
     return output_dir
+
+
+def describe_start(args: TrainingArguments, accelerator: Accelerator, first_step: int, num_steps: int) -> None:
+    """Into the log, what there is to know when somebody asks months later."""
+    if accelerator.is_main_process:
+        logger.info("steps %d to %d of a run", first_step + 1, num_steps)
+        versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+        logger.info("%s; %d x %s, %s", versions, accelerator.num_processes, accelerator.device,
+                    accelerator.mixed_precision)  # fmt: skip
+        logger.info("settings:\n%s", yaml.safe_dump(asdict(args), sort_keys=False, default_flow_style=None))

@@ -1,0 +1,83 @@
+"""`figures/` of a run: its curves, and what the teacher's CLS token looks at. On the main process; see `Figures`."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from evaluation.attention import draw_attention_of
+from evaluation.images import BrokenImageError, decode_image
+from modeling_dino import DINOModel
+
+from .arguments import TrainingArguments
+from .augmentation import CropBatch
+from .log import RunLog
+from .monitor import draw_curves, to_pictures
+
+
+NUM_IMAGES = 4  # in the attention figure
+SHARE_OF_TIME = 0.05  # that drawing may take
+
+
+class Figures:
+    """Draws the curves and, of a Vision Transformer, the attention anew; one that fails does not stop the training.
+
+    Args:
+        output_dir: Folder of the run.
+        out_dim: Number of prototypes.
+        image_processor: Makes its pixel values.
+        images: Whose attention is drawn, (channels, height, width) in uint8.
+        run_log: Where failures are told.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        out_dim: int,
+        image_processor,
+        images: list[np.ndarray],
+        run_log: RunLog,
+    ):
+        self.output_dir = output_dir
+        self.out_dim = out_dim
+        self.image_processor = image_processor
+        self.images = images
+        self.run_log = run_log
+        self.drawn, self.took = time.perf_counter(), 1.0  # seconds
+
+    def draw(self, backbone: DINOModel, at_end: bool = False) -> None:
+        """`backbone` is the teacher's. Before the end, only if drawing takes no more than its share of the time since it was done last."""
+        start = time.perf_counter()
+        if not at_end and self.took > SHARE_OF_TIME * (start - self.drawn):
+            return
+        with self.run_log.tolerated("drawing curves.png"):
+            draw_curves(self.output_dir, self.out_dim)
+        if self.images and backbone.config.backbone_config is None:
+            with self.run_log.tolerated("drawing attention.png"):
+                path = self.output_dir / "figures" / "attention.png"
+                draw_attention_of(backbone, self.image_processor, self.images, path)
+        self.drawn = time.perf_counter()
+        self.took = self.drawn - start
+
+
+def choose_images(
+    dataset: Dataset | IterableDataset, first_batch: CropBatch | None, num_channels: int, args: TrainingArguments
+) -> list[np.ndarray]:
+    """A few whole images (channels, height, width) in uint8, by the seed; of a stream, crops of the first batch.
+
+    A stream is not read a second time: this would cost requests, or be other images.
+    """
+    if not isinstance(dataset, Dataset):
+        if first_batch is None:
+            return []
+        crops = first_batch.crops[0][:NUM_IMAGES]
+        return list((crops if first_batch.photometrics else to_pictures(crops, args)).numpy())
+    images = []
+    for index in np.random.default_rng(args.seed).permutation(len(dataset)).tolist():
+        with suppress(BrokenImageError):
+            images.append(decode_image(dataset[index]["image"], num_channels))
+        if len(images) == NUM_IMAGES:
+            break
+    return images

@@ -1,0 +1,97 @@
+"""`train.log`: all that happened in a run, and when. The console shows a line where the file has the whole story."""
+
+import logging
+import math
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+from tqdm import tqdm
+
+from modeling_dino.command_line import one_line
+
+
+TALKING_LIBRARIES = (
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+)  # print what they log by themselves, on every process
+
+logger = logging.getLogger(__name__)
+
+
+class _Console(logging.Handler):
+    """Warnings on stderr, above a bar that may be there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class RunLog(MemoryHandler):
+    """What is logged and warned of, by us and by libraries, kept until there is a file to write it to.
+
+    Warnings are also shown on stderr, those of the main process alone.
+
+    Args:
+        process_index: Of this process.
+        num_processes: Of the run.
+    """
+
+    def __init__(self, process_index: int, num_processes: int):
+        super().__init__(capacity=math.inf, flushLevel=math.inf, flushOnClose=False)
+        self.is_main = process_index == 0
+        which = f" [process {process_index}]" if num_processes > 1 else ""
+        self.file_format = logging.Formatter(f"%(asctime)s{which} %(levelname)s %(name)s: %(message)s")
+        self.failed = set()
+
+    @contextmanager
+    def listening(self) -> Iterator["RunLog"]:
+        """Within, everything is heard, and also what ends it; afterwards Python's logging is as it was."""
+        root, ours = logging.getLogger(), logging.getLogger("training")
+        handlers = [self, _Console(logging.WARNING)] if self.is_main else [self]
+        libraries = [logging.getLogger(name) for name in TALKING_LIBRARIES]
+        before = [(library, library.handlers, library.propagate) for library in libraries]
+        for library in libraries:
+            library.handlers, library.propagate = [], True
+        for handler in handlers:
+            root.addHandler(handler)
+        level = ours.level
+        ours.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        try:
+            yield self
+        except BaseException as end:  # a SystemExit, too
+            logger.info("ended by %s: %s", type(end).__name__, end, exc_info=not isinstance(end, SystemExit))
+            raise
+        finally:
+            logging.captureWarnings(False)
+            ours.setLevel(level)
+            for handler in handlers:
+                root.removeHandler(handler)
+            for library, its_handlers, propagate in before:
+                library.handlers, library.propagate = its_handlers, propagate
+            if self.target:
+                self.target.close()
+
+    def open(self, output_dir: Path) -> None:
+        """Writes what there has been so far to the end of `train.log`, and from now on everything at once."""
+        file = logging.FileHandler(output_dir / "train.log")
+        file.setFormatter(self.file_format)
+        self.setTarget(file)
+        self.flush()
+        self.capacity = 1
+
+    @contextmanager
+    def tolerated(self, what: str) -> Iterator[None]:
+        """What fails within does not stop the training: one line says so, the first time; the file has tracebacks."""
+        try:
+            yield
+        except Exception as error:  # of whatever library
+            logger.info("%s failed", what, exc_info=True)
+            if what not in self.failed:
+                self.failed.add(what)
+                reason = textwrap.shorten(f"{type(error).__name__}: {one_line(error)}", 200)
+                logger.warning("%s failed, and training goes on (traceback in train.log): %s", what, reason)
