@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 import time
 from collections import Counter
@@ -100,7 +101,12 @@ class Monitor:
         elapsed = time.perf_counter() - self.since
         images_per_second, data_wait = self.images / elapsed, self.waited / elapsed
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
-        self.write(step, values | {"images_per_second": images_per_second, "data_wait": data_wait})
+        measured = {
+            "images_per_second": images_per_second,
+            "data_wait": data_wait,
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        self.write(step, values | measured)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
             f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}",
@@ -123,6 +129,14 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def peak_memory_mib() -> float:
+    """The most that this process has held so far, in MiB: on a GPU of its memory, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on a Mac in bytes
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

@@ -45,7 +45,7 @@ from .monitor import Monitor, draw_crops, draw_curves
 from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups, update_teacher_
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
-from .signals import Signals
+from .signals import Signals, student_teacher_distance
 
 
 def load_config(args: TrainingArguments) -> DINOConfig:
@@ -236,17 +236,18 @@ def train_step(
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
+    signals.begin_step()
     logits_sum, num_rows = 0, 0
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
         with nullcontext() if number == len(batches) else accelerator.no_sync(student):
             with torch.no_grad():
-                teacher_logits = teacher(crops[0]).logits
+                teacher_logits, teacher_features = teacher(crops[0]).to_tuple()
             student_logits = student(crops).logits
             loss = dino_loss(student_logits, teacher_logits, now.teacher_temp, args.num_crops)
             accelerator.backward(loss)  # of the loss over the number of batches
-        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
+        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp), teacher_features)
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     unwrapped = accelerator.unwrap_model(student)
@@ -429,6 +430,8 @@ def train(args: TrainingArguments) -> Path:
                     {
                         "epoch": done / steps_per_epoch,
                         **values,
+                        **signals.read_step(accelerator),
+                        "student_teacher_distance": student_teacher_distance(student, teacher),
                         "center_norm": dino_loss.center.norm().item(),
                         "learning_rate": now.learning_rate,
                         "weight_decay": now.weight_decay,
