@@ -181,7 +181,7 @@ _ABOUT_THE_RUN = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "resume", "allow_changed", "init_from"),
     *("save_steps", "save_total_limit", "logging_steps", "num_workers", "stream_timeout", "max_skipped_fraction"),
     *("eval_steps", "eval_split", "label_column", "eval_crop_pct", "max_eval_samples", "per_device_eval_batch_size"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device"),
+    *("stop_on_collapse", "push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device"),
     *("model_config", "config_overrides"),  # what they make is compared itself
     "per_device_train_batch_size",  # of all processes together, see below
 }

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
+from .verdict import FAILING, TOO_EARLY, Judge
 
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
+MAX_JUDGED = 10_000  # lines, of some KiB each
 
 
 class Monitor:
@@ -29,19 +31,30 @@ class Monitor:
         first_step: Steps done before; later lines of an existing `metrics.jsonl` are dropped.
         enabled: Whether this is the main process.
         data_advice: Called at every line, for what to say if the training waited for data since the last one.
+        judge: Tells from the lines how the training goes.
     """
 
     def __init__(
-        self, output_dir: Path, num_steps: int, first_step: int, enabled: bool, data_advice: Callable[[], str]
+        self,
+        output_dir: Path,
+        num_steps: int,
+        first_step: int,
+        enabled: bool,
+        data_advice: Callable[[], str],
+        judge: Judge,
     ):
         self.output_dir = output_dir
         self.enabled = enabled
         self.metrics_file = output_dir / "metrics.jsonl"
+        self.judge = judge
+        self.judged = deque(maxlen=MAX_JUDGED)  # lines of training metrics, those before a stop as well
         if enabled:
             kept = [line for line in read_metrics(output_dir) if line["step"] <= first_step] if first_step else []
             rewritten = self.metrics_file.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
             rewritten.replace(self.metrics_file)
+            self.judged += [line for line in kept if "verdict" in line]
+        self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -106,7 +119,10 @@ class Monitor:
             "data_wait": data_wait,
             "peak_memory_mib": peak_memory_mib(),
         }
-        self.write(step, values | measured)
+        line = {"step": step} | values | measured
+        if self.enabled:
+            self._judge(line)
+        self.write(step, line)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
             f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}",
@@ -117,6 +133,25 @@ class Monitor:
         if data_wait > DATA_WAIT_LIMIT and self.num_lines > 1 and not self.advised:  # the first is of the start, too
             self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {advice}")
             self.advised = True
+
+    def _judge(self, line: dict) -> None:
+        """Puts the verdict into a line, and says it if it is another than before."""
+        self.judged.append(line)
+        before, self.verdict = self.verdict, self.judge.verdict(list(self.judged))
+        line["verdict"] = self.verdict
+        if self.verdict != before:
+            self.say(f"step {line['step']}: {self.explained_verdict()}")
+
+    def explained_verdict(self) -> str:
+        """In one line, with advice if the training fails."""
+        if self.verdict not in FAILING:
+            return self.verdict
+        line = self.judged[-1]
+        return (
+            f"{self.verdict} (loss {line['loss_over_ln_k']:.2f} ln K, teacher entropy "
+            f"{line['teacher_entropy_over_ln_k']:.2f} ln K, its targets tell images apart by "
+            f"{line['target_information']:.2g} nats); {self.judge.advice(self.verdict)}"
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.enabled:

@@ -71,10 +71,10 @@ class Signals:
         mean less the mean of their entropies (the mutual information of image and prototype). It is 0 when all are
         alike, be they uniform, one-hot, or another one in each step, and at most the logarithm of their number.
 
-        The features are of 1024 rows at most, each divided by its length. `feature_std` is the mean over the dimensions
-        of the standard deviation over the rows: 1 / sqrt(dimensions) when they are spread over the sphere, 0 when all
-        images have one (section 4.1 of arXiv 2011.10566). `effective_rank` is RankMe of them: exp of the entropy of
-        their singular values, without centring; from 1 to the smaller of rows and dimensions (arXiv 2210.02885).
+        The features are of 1024 rows at most, each divided by its length. `feature_std` is the mean over dimensions of
+        the standard deviation over rows: 1 / sqrt(dimensions) when they are spread over the sphere, 0 when all images
+        have one (section 4.1 of arXiv 2011.10566). `effective_rank` is RankMe of them: exp of the entropy of their
+        singular values, without centring; from 1 to the smaller of rows and dimensions (arXiv 2210.02885).
         """
         targets, (entropy, rows) = (
             accelerator.reduce(values, "sum") for values in (self.step_targets, self.step_entropy)

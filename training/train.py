@@ -46,6 +46,7 @@ from .optim import clip_gradients_, drop_last_layer_gradients, parameter_groups,
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
 from .signals import Signals, student_teacher_distance
+from .verdict import FAILING, Judge
 
 
 def load_config(args: TrainingArguments) -> DINOConfig:
@@ -284,7 +285,8 @@ def train(args: TrainingArguments) -> Path:
 
     Raises:
         ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
-            which leaves the last checkpoint from before; or, when all is saved, an upload that failed.
+            which leaves the last checkpoint from before; a failing verdict, with `stop_on_collapse`, which does too;
+            or, when all is saved, an upload that failed.
         SystemExit: with code 75, when SIGTERM, SIGINT or SIGUSR1 has asked for an end; a checkpoint is written before.
     """
     accelerator = make_accelerator()
@@ -354,7 +356,8 @@ def train(args: TrainingArguments) -> Path:
             (output_dir / "skipped.jsonl").unlink(missing_ok=True)
             unpublish(output_dir)
     accelerator.wait_for_everyone()
-    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice)
+    judge = Judge(args, config, global_batch_size, loader.num_images, num_steps)
+    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice, judge)
 
     def run_evaluation(step: int) -> None:
         elapsed = monitor.pause()
@@ -441,6 +444,10 @@ def train(args: TrainingArguments) -> Path:
                     },
                 )
                 signals.reset()
+                if args.stop_on_collapse:  # before a checkpoint of it drops an older one
+                    failed = monitor.explained_verdict() if monitor.verdict in FAILING else None
+                    if failed := agreement.first_of_any(failed):
+                        raise ValueError(f"step {done}: {failed}. {last_checkpoint(output_dir)}")
             num_seen = (done - first_step) * global_batch_size
             too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
             if save_now or too_many:
@@ -457,6 +464,7 @@ def train(args: TrainingArguments) -> Path:
                 save(done)
                 stop(asked, done)
 
+    monitor.say(f"\nVerdict of the metrics: {monitor.explained_verdict()}")
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
         curves = draw_curves(output_dir, config.out_dim)
@@ -469,6 +477,9 @@ def train(args: TrainingArguments) -> Path:
 
 
 def stopped_learning(step: int, loss: float, output_dir: Path) -> str:
+    return f"the loss is {loss} at step {step}; {last_checkpoint(output_dir)}. Lower base_learning_rate, or leave bf16"
+
+
+def last_checkpoint(output_dir: Path) -> str:
     checkpoints = list_checkpoints(output_dir)
-    kept = f"{checkpoints[-1]} is the last checkpoint before" if checkpoints else "there is no checkpoint yet"
-    return f"the loss is {loss} at step {step}; {kept}. Lower base_learning_rate, or leave bf16"
+    return f"{checkpoints[-1]} is the last checkpoint before" if checkpoints else "there is no checkpoint yet"
