@@ -256,6 +256,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
         *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", launcher=launcher
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name in ("target_information", "feature_std", "effective_rank", "student_teacher_distance"):
+        two, one = ([line[name] for line in metrics(tmp_path / run) if name in line] for run in ("two", "one"))
+        assert len(two) == 10 and two == pytest.approx(one, rel=1e-3), name
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, tensor in one.items():
         if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding noise

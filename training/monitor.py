@@ -149,8 +149,8 @@ class Monitor:
         line = self.judged[-1]
         return (
             f"{self.verdict} (loss {line['loss_over_ln_k']:.2f} ln K, teacher entropy "
-            f"{line['teacher_entropy_over_ln_k']:.2f} ln K, its targets tell images apart by "
-            f"{line['target_information']:.2g} nats); {self.judge.advice(self.verdict)}"
+            f"{line['teacher_entropy_over_ln_k']:.2f} ln K, target information {line['target_information']:.2g} nats, "
+            f"student-teacher distance {line['student_teacher_distance']:.2g}); {self.judge.advice(self.verdict)}"
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:

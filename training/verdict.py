@@ -23,13 +23,14 @@ DIVERGING = "diverging"
 FAILING = (STUCK, COLLAPSING, DIVERGING)
 
 MIN_LINES = 5  # of a window
+MIN_IMAGES = 4  # of a step, as fewer may well be alike
 
-# from runs of a few hundred steps on digits, CIFAR-10 and noise; what they were is in tests/fixtures/README.md
+# from runs of a few hundred steps on digits, CIFAR-10 and noise; tests/fixtures/verdicts.json has their lines
 NO_INFORMATION = 0.1  # nats
 UNIFORM_ENTROPY = 0.95  # over ln K
 ONE_HOT_ENTROPY = 0.1  # over ln K
 RUNAWAY_DISTANCE = 1.0  # as far from the teacher as the teacher is from 0
-RISEN_LOSS = 1.2  # over the lowest of earlier windows
+RISEN_LOSS = 2.0  # over the lowest level before
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Judge:
         window_steps = 1 / max(1 - args.momentum_teacher, 1e-4)
         lines = [line for line in lines if line["epoch"] > first_epoch]
         window = _last(lines, MIN_LINES, window_steps)
-        if not window:
+        if not window or self.global_batch_size < MIN_IMAGES:
             return TOO_EARLY
         now = _medians(window)
         ln_k = math.log(self.config.out_dim)
@@ -74,7 +75,7 @@ class Judge:
             return DIVERGING
         if (
             now["kl"] > ln_k
-        ):  # the student is worse than one that says nothing; as may be at the start of a healthy run
+        ):  # the student is worse than one that says nothing, which alone befalls healthy runs as well
             earlier = [line["loss"] for line in lines[: -len(window)]]
             levels = [median(earlier[i : i + MIN_LINES]) for i in range(0, len(earlier), MIN_LINES)]
             if levels and now["loss"] > RISEN_LOSS * min(levels):
