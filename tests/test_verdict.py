@@ -38,7 +38,9 @@ def verdicts(run):
 def test_healthy_runs_are_never_told_to_fail(name):
     told = verdicts(RUNS[name])
     assert not {verdict for _, verdict in told} & set(FAILING)
-    assert told[0][1] == TOO_EARLY and told[-1][1] == LEARNING
+    assert told[0][1] == TOO_EARLY and told[-1][1] == (
+        TOO_EARLY if name == "cifar10" else LEARNING
+    )  # an epoch's third
 
 
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run["fails_as"] is not None])

@@ -2,8 +2,9 @@
 
 The rules look at medians over a window of the last lines, never at one line, and not before warm-up and freeze are
 over. One number decides nearly everything: `target_information`, how well the teacher's targets tell the images of a
-step apart. It is 0 in every collapse, whether the entropy of the targets is ln K, 0 or swings between; loss, entropy
-and the spread of the features are not (collapsed features may be spread as widely as healthy ones).
+step apart. It is near 0 in every collapse of the targets, whether their entropy is ln K, 0 or swings between, and was
+0.24 nats at least in what learned; features were spread as widely in collapsed runs as in healthy ones. What it does
+not tell is how much the features are worth: that takes k-NN.
 """
 
 import math
@@ -26,11 +27,11 @@ MIN_LINES = 5  # of a window
 MIN_IMAGES = 4  # of a step, as fewer may well be alike
 
 # from runs of a few hundred steps on digits, CIFAR-10 and noise; tests/fixtures/verdicts.json has their lines
-NO_INFORMATION = 0.1  # nats
-UNIFORM_ENTROPY = 0.95  # over ln K
-ONE_HOT_ENTROPY = 0.1  # over ln K
-RUNAWAY_DISTANCE = 1.0  # as far from the teacher as the teacher is from 0
-RISEN_LOSS = 2.0  # over the lowest level before
+NO_INFORMATION = 0.1  # nats; failing runs had less than 0.06, most of them less than 0.01
+UNIFORM_ENTROPY = 0.95  # over ln K; of those that tell nothing, above 0.96 or anywhere
+ONE_HOT_ENTROPY = 0.1  # over ln K; with targets that tell fewer than two answers apart. Healthy: 0.23 at least
+RUNAWAY_DISTANCE = 1.0  # as far from the teacher as the teacher is from 0. Healthy: 0.08 at most
+RISEN_LOSS = 2.0  # over the lowest level before, with kl above ln K. Healthy: 1.3 with it
 
 
 @dataclass(frozen=True)
