@@ -188,8 +188,9 @@ def test_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(recipe, pa
         *argv, "--output_dir", tmp_path / "rest", "--eval_steps", "4",
         "--resume_from_checkpoint", tmp_path / "whole/checkpoints/step_0000003",
     )  # fmt: skip
+    measured = ("images_per_second", "data_wait", "peak_memory_mib")
     whole, rest = (
-        [{**line, "images_per_second": None, "data_wait": None} for line in metrics(tmp_path / name) if "loss" in line]
+        [line | dict.fromkeys(measured) for line in metrics(tmp_path / name) if "loss" in line]
         for name in ("whole", "rest")
     )
     assert [line["step"] for line in rest] == [4, 6, 8, 10]
@@ -255,6 +256,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
         *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", launcher=launcher
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name in ("target_information", "feature_std", "effective_rank", "student_teacher_distance"):
+        two, one = ([line[name] for line in metrics(tmp_path / run) if name in line] for run in ("two", "one"))
+        assert len(two) == 10 and two == pytest.approx(one, rel=1e-3), name
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, tensor in one.items():
         if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding noise

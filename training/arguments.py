@@ -142,6 +142,11 @@ class TrainingArguments(AugmentationArguments):
     save_steps: int | None = HfArg(default=None, help="Steps between checkpoints; every epoch by default.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")
     logging_steps: int = HfArg(default=10, help="Steps between lines of metrics.jsonl.")
+    stop_on_collapse: bool = HfArg(
+        default=False,
+        help="End the run, with code 2 and without another checkpoint, once its metrics say that it is stuck at "
+        "uniform, collapsing to one output or diverging.",
+    )
     eval_steps: int | None = HfArg(default=None, help="Steps between k-NN evaluations; needs labels. Off by default.")
     eval_split: str = HfArg(default="test", help="Split whose images k-NN classifies by those of the train split.")
     label_column: str | None = HfArg(default=None, help="Column of the labels; found by itself when there is one.")

@@ -48,7 +48,7 @@ class Figures:
         self.drawn, self.took = time.perf_counter(), 1.0  # seconds
 
     def draw(self, backbone: DINOModel, at_end: bool = False) -> None:
-        """`backbone` is the teacher's. Before the end, only if drawing takes no more than its share of the time since it was done last."""
+        """`backbone` is the teacher's. Before the end, only if it takes no more than its share of the time."""
         start = time.perf_counter()
         if not at_end and self.took > SHARE_OF_TIME * (start - self.drawn):
             return

@@ -18,7 +18,7 @@ TALKING_LIBRARIES = (
     "transformers",
     "datasets",
     "huggingface_hub",
-)  # print what they log by themselves, on every process
+)  # print by themselves, on every process
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,10 @@
 import json
 import logging
 import math
+import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
+from .verdict import FAILING, TOO_EARLY, Judge
 
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
+MAX_JUDGED = 10_000  # lines, of some KiB each
 NUM_PROGRESS_LINES = 8  # where there is no terminal for a bar; and one of the start
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class Monitor:
         enabled: Whether this is the main process.
         data_advice: Called at every line, for what to say if the training waited for data since the last one.
         track: Called with every line's values and step, for trackers.
+        judge: Tells from the lines how the training goes.
     """
 
     def __init__(
@@ -43,16 +47,21 @@ class Monitor:
         enabled: bool,
         data_advice: Callable[[], str],
         track: Callable[[dict, int], None],
+        judge: Judge,
     ):
         self.track = track
         self.num_steps, self.first_step = num_steps, first_step
         self.enabled = enabled
         self.metrics_file = output_dir / "metrics.jsonl"
+        self.judge = judge
+        self.judged = deque(maxlen=MAX_JUDGED)  # lines of training metrics, those before a stop as well
         if enabled:
             kept = [line for line in read_metrics(output_dir) if line["step"] <= first_step] if first_step else []
             rewritten = self.metrics_file.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
             rewritten.replace(self.metrics_file)
+            self.judged += [line for line in kept if "verdict" in line]
+        self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -113,7 +122,15 @@ class Monitor:
         elapsed = time.perf_counter() - self.since
         images_per_second, data_wait = self.images / elapsed, self.waited / elapsed
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
-        self.write(step, values | {"images_per_second": images_per_second, "data_wait": data_wait})
+        measured = {
+            "images_per_second": images_per_second,
+            "data_wait": data_wait,
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        line = {"step": step} | values | measured
+        if self.enabled:
+            self._judge(line)
+        self.write(step, line)
         summary = (
             f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
             f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}"
@@ -132,6 +149,25 @@ class Monitor:
             self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {advice}")
             self.advised = True
 
+    def _judge(self, line: dict) -> None:
+        """Puts the verdict into a line, and says it if it is another than before."""
+        self.judged.append(line)
+        before, self.verdict = self.verdict, self.judge.verdict(list(self.judged))
+        line["verdict"] = self.verdict
+        if self.verdict != before:
+            self.say(f"step {line['step']}: {self.explained_verdict()}")
+
+    def explained_verdict(self) -> str:
+        """In one line, with advice if the training fails."""
+        if self.verdict not in FAILING:
+            return self.verdict
+        line = self.judged[-1]
+        return (
+            f"{self.verdict} (loss {line['loss_over_ln_k']:.2f} ln K, teacher entropy "
+            f"{line['teacher_entropy_over_ln_k']:.2f} ln K, target information {line['target_information']:.2g} nats, "
+            f"student-teacher distance {line['student_teacher_distance']:.2g}); {self.judge.advice(self.verdict)}"
+        )
+
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.enabled:
             with self.metrics_file.open("a") as file:
@@ -148,6 +184,14 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def peak_memory_mib() -> float:
+    """The most that this process has held so far, in MiB: on a GPU of its memory, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on a Mac in bytes
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

@@ -64,8 +64,9 @@ from .optim import (
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import shard_, whole_network
-from .signals import Signals
+from .signals import Signals, student_teacher_distance
 from .trackers import Tracker, find_trackers, tracked
+from .verdict import FAILING, Judge
 
 
 logger = logging.getLogger(__name__)
@@ -268,13 +269,14 @@ def train_step(
         group["lr"] = now.learning_rate * group["lr_scale"]
         group["weight_decay"] = now.weight_decay if group["is_decayed"] else 0.0
 
+    signals.begin_step()
     losses, logits_sum, num_rows = [], 0, 0
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
         with nullcontext() if number == len(batches) else accelerator.no_sync(student):
             with torch.no_grad():
-                teacher_logits = teacher(crops[0]).logits
+                teacher_logits, teacher_features = teacher(crops[0]).to_tuple()
             output = student(crops)
             loss = dino_loss(output.logits, teacher_logits, now.teacher_temp, args.num_crops)
             total = loss
@@ -282,7 +284,7 @@ def train_step(
                 total = loss + args.koleo_weight * sum(map(koleo_loss, output.pooler_output[: len(crops[0])].chunk(2)))
             accelerator.backward(total)  # over the number of batches
         losses.append(total.detach())
-        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp))
+        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp), teacher_features)
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     unwrapped = accelerator.unwrap_model(student, keep_torch_compile=False)
@@ -338,7 +340,8 @@ def train(args: TrainingArguments) -> Path:
 
     Raises:
         ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
-            which leaves the last checkpoint from before; or, when all is saved, an upload that failed.
+            which leaves the last checkpoint from before; a failing verdict, with `stop_on_collapse`, which does too;
+            or, when all is saved, an upload that failed.
         SystemExit: with code 75, when SIGTERM, SIGINT or SIGUSR1 has asked for an end; a checkpoint is written before.
     """
     accelerator = make_accelerator(args.gradient_accumulation_steps)
@@ -441,7 +444,10 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     describe_start(args, accelerator, first_step, num_steps)
     accelerator.log_with = [Tracker(name, output_dir, first_step, run_log) for name in trackers]
     accelerator.init_trackers("dino-hf", asdict(args))
-    monitor = Monitor(output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice, accelerator.log)
+    judge = Judge(args, config, global_batch_size, loader.num_images, num_steps)
+    monitor = Monitor(
+        output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice, accelerator.log, judge
+    )
     images = []
     if accelerator.is_main_process:
         with run_log.tolerated("reading images for attention.png"):
@@ -534,6 +540,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                     {
                         "epoch": done / steps_per_epoch,
                         **values,
+                        **signals.read_step(accelerator),
+                        "student_teacher_distance": student_teacher_distance(student, teacher),
                         "center_norm": dino_loss.center.norm().item(),
                         "learning_rate": now.learning_rate,
                         "weight_decay": now.weight_decay,
@@ -543,6 +551,10 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                     },
                 )
                 signals.reset()
+                if args.stop_on_collapse:  # before a checkpoint of it drops an older one
+                    failed = monitor.explained_verdict() if monitor.verdict in FAILING else None
+                    if failed := agreement.first_of_any(failed):
+                        raise ValueError(f"step {done}: {failed}. {last_checkpoint(output_dir)}")
             num_seen = (done - first_step) * global_batch_size
             too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
             if save_now or too_many:
@@ -564,6 +576,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
 
     draw_figures(at_end=True)
     teacher = whole_network(teacher)
+    monitor.say(f"Verdict of the metrics: {monitor.explained_verdict()}")
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)
         write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size, bool(checkpoint), hub_datasets)
