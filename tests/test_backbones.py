@@ -15,7 +15,7 @@ from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, 
 from modeling_dino.convert_dino_checkpoint import convert
 from training.arguments import TrainingArguments
 from training.batch_norm import share_batch_norms_
-from training.train import make_student, make_teacher
+from training.networks import make_student, make_teacher
 
 from .test_training import RECIPE, command, losses, recipe, trained  # noqa: F401
 from .without_package import run_without_package

@@ -9,7 +9,7 @@ from evaluation.__main__ import evaluate_from_command_line
 from modeling_dino.command_line import run
 from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
-from training.train import load_config
+from training.networks import load_config
 
 from .test_training import RECIPE, command
 

@@ -12,10 +12,11 @@ from training import DINOLoss, TrainingArguments, train
 from training.augmentation import CropBatch
 from training.guard import Guard
 from training.loss import koleo_loss
-from training.optim import LARS, drop_gradients, gradient_groups, make_optimizer, parameter_groups
+from training.networks import make_teacher
+from training.optim import LARS, drop_gradients, make_optimizer, parameter_groups
 from training.schedules import Hyperparameters
-from training.signals import Signals
-from training.train import make_teacher, train_step
+from training.state import prepare_state
+from training.train import train_step
 
 from .original import tiny_config
 from .test_interruption import TWO
@@ -210,15 +211,14 @@ def test_step_scales_learning_rates_and_adds_koleo_of_each_global_crop(monkeypat
             decay = 0.2 if parameter.ndim != 1 else 0.0
             parameter -= rate * (parameter.grad + decay * parameter)
 
-    optimizer, signals = make_optimizer(student, args), Signals(96, "cpu", gradient_groups(student))
     now = Hyperparameters(0.1, 0.2, 0.9, 0.04, freeze_last_layer=False, freeze_backbone=False)
     batch = CropBatch(crops, [None, None])
     accelerator = Accelerator(cpu=True)
-    guard = Guard(accelerator, optimizer)
-    train_step(accelerator, args, student, teacher, dino_loss, optimizer, [batch], 1, now, guard, signals)
+    state = prepare_state(accelerator, args, student, teacher)
+    train_step(accelerator, args, state, [batch], 1, now, Guard(accelerator, state.optimizer))
     for (name, ours), theirs in zip(student.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-7, msg=name)
-    assert signals.sums[0].item() == pytest.approx(loss.item(), rel=1e-6)  # what is logged is DINO's alone
+    assert state.signals.sums[0].item() == pytest.approx(loss.item(), rel=1e-6)  # what is logged is DINO's alone
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])

@@ -14,8 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from training import TrainingArguments
 from training.arguments import CONFIGS, parse_arguments
+from training.networks import load_config
 from training.schedules import Schedule
-from training.train import load_config
 
 from .test_training import command, losses, recipe, trained  # noqa: F401
 

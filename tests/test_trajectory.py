@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 
 from modeling_dino import DINOForPreTraining
-from training import DINOLoss, TrainingArguments, train
+from training import TrainingArguments, train
 from training.augmentation import CropBatch
 from training.guard import Guard
-from training.optim import clip_gradients_, gradient_groups, gradient_norms, make_optimizer, parameter_groups
+from training.networks import make_teacher
+from training.optim import clip_gradients_, gradient_norms, parameter_groups
 from training.schedules import Schedule
-from training.signals import Signals
-from training.train import make_teacher, train_step
+from training.state import prepare_state
+from training.train import train_step
 
 from .original import META, our_names, recorded, tiny_config
 
@@ -52,10 +53,9 @@ def test_trajectory_is_the_originals(monkeypatch, trajectory):
     student = DINOForPreTraining(tiny_config(norm_last_layer=settings["norm_last_layer"]))
     student.load_state_dict(our_names(recorded("trajectory_adamw"), "init."))
     teacher = make_teacher(student)
-    dino_loss = DINOLoss(META["K"], args.student_temp, args.center_momentum)
     accelerator = Accelerator(cpu=True)
-    optimizer = make_optimizer(student, args)
-    guard = Guard(accelerator, optimizer)
+    state = prepare_state(accelerator, args, student, teacher)
+    guard = Guard(accelerator, state.optimizer)
     # the recorded crops are normalised already
     monkeypatch.setattr(train_module, "finish_crops", lambda batch, device, args: batch.crops)
 
@@ -74,15 +74,15 @@ def test_trajectory_is_the_originals(monkeypatch, trajectory):
         if not step:  # else PyTorch draws otherwise than it did for the original
             assert crops[0].flatten()[:4].tolist() == pytest.approx(FIRST_PIXELS, abs=1e-7)
         batch = CropBatch(crops, [None, None])
-        signals = Signals(META["K"], "cpu", gradient_groups(student))
-        train_step(accelerator, args, student, teacher, dino_loss, optimizer, [batch], step + 1, now, guard, signals)
-        assert signals.read(accelerator)["loss"] == pytest.approx(expected["loss"][step].item(), rel=5e-6)
-        torch.testing.assert_close(dino_loss.center, expected[f"step.{step}.center"], rtol=0, atol=1e-6)
+        train_step(accelerator, args, state, [batch], step + 1, now, guard)
+        assert state.signals.read(accelerator)["loss"] == pytest.approx(expected["loss"][step].item(), rel=5e-6)
+        state.signals.reset()
+        torch.testing.assert_close(state.dino_loss.center, expected[f"step.{step}.center"], rtol=0, atol=1e-6)
 
     for model, name in ((student, "student"), (teacher, "teacher")):
-        state = model.state_dict()
+        weights = model.state_dict()
         for key, value in our_names(expected, f"final.{name}.").items():
-            ours, theirs = state[key], value
+            ours, theirs = weights[key], value
             if key.endswith("qkv.bias"):
                 # A bias of the keys adds the same to all scores of a query, which the softmax ignores: its gradient
                 # is rounding noise, which Adam turns into steps of full size. No two machines agree on it.

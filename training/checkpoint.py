@@ -25,10 +25,9 @@ from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
-from .loss import DINOLoss
 from .schedules import Schedule
 from .sharding import cut_up_like_, whole, whole_network
-from .signals import Signals
+from .state import TrainingState
 
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "torchvision")  # whose versions are noted
@@ -51,13 +50,9 @@ def save_checkpoint(
     agreement: Agreement,
     output_dir: Path,
     step: int,
-    student: DINOForPreTraining,
-    teacher: DINOForPreTraining,
-    dino_loss: DINOLoss,
-    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
     schedule: Schedule,
     data_state: dict,
-    signals: Signals,
     image_processor,
     args: TrainingArguments,
     global_batch_size: int,
@@ -67,8 +62,8 @@ def save_checkpoint(
     Raises:
         ValueError: on all processes, if one cannot write; what has been written before stays.
     """
-    student, teacher = whole_network(student), whole_network(teacher)
-    optimizer_state = whole(optimizer.state_dict())
+    student, teacher = whole_network(state.student), whole_network(state.teacher)
+    optimizer_state = whole(state.optimizer.state_dict())
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
 
@@ -77,19 +72,23 @@ def save_checkpoint(
         student.save_pretrained(unfinished / "student")
         teacher.save_pretrained(unfinished / "teacher")
         image_processor.save_pretrained(unfinished / "teacher")
-        state = {"step": step, "center": dino_loss.center, "optimizer": optimizer_state, "data": data_state}
-        state["num_processes"] = accelerator.num_processes
-        state["scaler"] = accelerator.scaler and accelerator.scaler.state_dict()
-        state["freeze_backbone_steps"] = schedule.freeze_backbone_steps
-        torch.save(state, unfinished / "state.pt")
+        shared = {
+            "step": step,
+            "center": state.dino_loss.center,
+            "optimizer": optimizer_state,
+            "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+            "freeze_backbone_steps": schedule.freeze_backbone_steps,
+            "data": data_state,
+            "num_processes": accelerator.num_processes,
+        }
+        torch.save(shared, unfinished / "state.pt")
 
     def write_own() -> None:
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
-        torch.save(
-            {"random": random, "signals": signals.state_dict()}, unfinished / f"rank_{accelerator.process_index}.pt"
-        )
+        own = {"random": random, "signals": state.signals.state_dict()}
+        torch.save(own, unfinished / f"rank_{accelerator.process_index}.pt")
 
     def finish() -> None:
         write_manifest(unfinished, step, args, global_batch_size)
@@ -265,8 +264,8 @@ def _check_same_network(
 
 
 def load_initial_weights(
-    name: str, student: DINOForPreTraining, teacher: DINOForPreTraining, dino_loss: DINOLoss
-) -> bool:
+    name: str, student: DINOForPreTraining, teacher: DINOForPreTraining
+) -> tuple[bool, torch.Tensor | None]:
     """Starts from the weights of another training, as --init_from names them.
 
     A checkpoint of ours, or what `dino-convert` makes of one of the original's, gives both networks and the centre.
@@ -274,12 +273,12 @@ def load_initial_weights(
     heads start alike and anew.
 
     Returns:
-        Whether there were heads.
+        Whether there were heads, and the centre (1, out_dim) if there was one.
 
     Raises:
         ValueError: weights that are not there, or do not fit.
     """
-    folder = Path(name).expanduser()
+    folder, center = Path(name).expanduser(), None
     if folder.is_file():
         raise ValueError(f"{name} is a file; make a folder of it with dino-convert")
     both = (folder / "student").is_dir() and (folder / "teacher").is_dir()
@@ -298,9 +297,8 @@ def load_initial_weights(
             _check_same_network(source, saved.config, model.config, ignored)
         (model.dino if without_head else model).load_state_dict((saved.dino if without_head else saved).state_dict())
     if both and (folder / "state.pt").is_file():
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        dino_loss.center.copy_(state["center"])
-    return not without_head
+        center = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["center"]
+    return not without_head, center
 
 
 def load_networks(folder: Path, student: DINOForPreTraining, teacher: DINOForPreTraining) -> None:
@@ -316,35 +314,30 @@ def load_networks(folder: Path, student: DINOForPreTraining, teacher: DINOForPre
 
 
 def load_progress(
-    accelerator: Accelerator,
-    folder: Path,
-    dino_loss: DINOLoss,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    signals: Signals,
+    accelerator: Accelerator, folder: Path, state: TrainingState, schedule: Schedule
 ) -> tuple[int, dict]:
-    """Puts all of a checkpoint's state but the networks' into what is given.
+    """Puts all of a checkpoint but the networks' weights into `state`.
 
     Returns:
         The steps done and the place in the data. With another number of processes, random states and sums of the
         signals are not those of the checkpoint, and a warning says so.
     """
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    dino_loss.center.copy_(state["center"])
-    optimizer.load_state_dict(cut_up_like_(state["optimizer"], optimizer))
-    schedule.freeze_backbone_steps = state["freeze_backbone_steps"]
-    if accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    if state["num_processes"] != accelerator.num_processes:
+    shared = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    state.dino_loss.center.copy_(shared["center"])
+    state.optimizer.load_state_dict(cut_up_like_(shared["optimizer"], state.optimizer))
+    schedule.freeze_backbone_steps = shared["freeze_backbone_steps"]
+    if accelerator.scaler is not None and shared["scaler"] is not None:
+        accelerator.scaler.load_state_dict(shared["scaler"])
+    if shared["num_processes"] != accelerator.num_processes:
         warnings.warn(
-            f"{folder} was saved by {state['num_processes']} processes and goes on with {accelerator.num_processes}, "
+            f"{folder} was saved by {shared['num_processes']} processes and goes on with {accelerator.num_processes}, "
             "at the same place in the epoch: if that changes the batch of all of them, images come in other batches "
             "from here on, and what was measured since the last line of metrics is lost"
         )
-        return state["step"], state["data"]
+        return shared["step"], shared["data"]
     rank = torch.load(folder / f"rank_{accelerator.process_index}.pt", weights_only=True)
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])
-    signals.load_state_dict(rank["signals"])
-    return state["step"], state["data"]
+    state.signals.load_state_dict(rank["signals"])
+    return shared["step"], shared["data"]

@@ -1,12 +1,8 @@
 """DINO pretraining: build, then loop. The gradient step is `train_step`, one screen, every state seen changing."""
 
-import copy
-import json
 import logging
 import math
-import os
 import shutil
-import warnings
 from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -16,23 +12,14 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
-from datasets import ClassLabel, Dataset
-from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto import CONFIG_MAPPING
+from accelerate.utils import gather_object, set_seed
 
-from evaluation.features import extract_features
-from evaluation.images import is_path, load_images
-from evaluation.knn import knn_accuracy
-from modeling_dino import DINOConfig, DINOForPreTraining
-from modeling_dino.command_line import nearest
-from modeling_dino.configuration_dino import VIT_FIELDS
+from evaluation.images import is_path
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .agreement import Agreement, lost_process_explained
-from .arguments import CONFIGS, TrainingArguments, find_config
+from .arguments import TrainingArguments
 from .augmentation import CropBatch, finish_crops
-from .batch_norm import share_batch_norms_
 from .checkpoint import (
     LIBRARIES,
     check_same_settings,
@@ -50,134 +37,28 @@ from .dry_run import describe, without_downloads
 from .figures import Figures, choose_images
 from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
+from .knn_evaluation import KNNEvaluation
+from .launcher import make_accelerator
 from .log import RunLog
-from .loss import DINOLoss, koleo_loss
+from .loss import koleo_loss
 from .monitor import Monitor, draw_crops
+from .networks import load_config, make_student, make_teacher
 from .optim import (
     clip_gradients_,
     drop_gradients,
-    gradient_groups,
     gradient_norms,
-    make_optimizer,
     update_teacher_,
 )
 from .publish import check_hub_settings, publish, unpublish, upload, write_card
 from .schedules import Hyperparameters, Schedule
-from .sharding import shard_, whole_network
-from .signals import Signals, student_teacher_distance
+from .sharding import whole_network
+from .signals import student_teacher_distance
+from .state import TrainingState, prepare_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
 
 
 logger = logging.getLogger(__name__)
-
-
-def load_config(args: TrainingArguments) -> DINOConfig:
-    """The model's config: the JSON of --model_config with --config_overrides in it.
-
-    Raises:
-        ValueError: an unknown field (names the nearest one), a wrong type, or sizes that do not fit one another.
-    """
-    path = find_config(args.model_config, CONFIGS / "models", ".json")
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must map names of the config's fields to values, got a {type(fields).__name__}")
-    for override in args.config_overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"config_overrides must be written as field=value, got {override}")
-        *parents, name = name.split(".")
-        target = fields
-        for parent in parents:  # of a name with dots, which lies deeper
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ValueError(f"config_overrides: {parent} has no fields, got {override}")
-        try:
-            target[name] = json.loads(value)
-        except json.JSONDecodeError:
-            target[name] = value  # a word
-    allowed = DINOConfig().to_dict()
-    for name in fields:
-        if name not in allowed:
-            raise ValueError(f"the model's config has no field {name}{nearest(name, allowed)}")
-    try:
-        config = DINOConfig(**fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"model config: {error.__cause__ or error}") from error
-    if config.backbone_config is not None:
-        check_backbone_config(fields)
-    for name in ("global_crop_size", "local_crop_size"):
-        size = getattr(args, name)
-        is_used = config.backbone_config is None and (name == "global_crop_size" or args.num_local_crops)
-        if is_used and size % config.patch_size:
-            raise ValueError(f"{name} must be a multiple of the patch size {config.patch_size}, got {size}")
-    for name in ("image_mean", "image_std"):
-        if len(getattr(args, name)) not in (1, config.num_channels):
-            raise ValueError(
-                f"{name} must have one value or one for each of the {config.num_channels} channels, "
-                f"got {getattr(args, name)}"
-            )
-    return config
-
-
-def check_backbone_config(fields: dict) -> None:
-    """Finds what `DINOConfig` lets through: names that the network of `fields["backbone_config"]` does not have."""
-    for name in VIT_FIELDS:
-        if name in fields:
-            raise ValueError(f"{name} is a field of the Vision Transformer, and there is a backbone_config")
-    given = fields["backbone_config"]
-    allowed = CONFIG_MAPPING[given["model_type"]]().to_dict()
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"the config of a {given['model_type']} has no field {name}{nearest(name, allowed)}")
-
-
-def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTraining:
-    """A network with random weights. One of `config.backbone_config` is tried on crops first, as any may be given.
-
-    Parameters that its loss does not need, such as a mask token, are frozen: processes would wait for their gradients.
-
-    Raises:
-        ValueError: a network that cannot be built, or does not take the crops.
-    """
-    if config.backbone_config is None:
-        return DINOForPreTraining(config)
-    try:
-        student = DINOForPreTraining(config)
-        sizes = [args.global_crop_size] + [args.local_crop_size] * (args.num_local_crops > 0)
-        trial = copy.deepcopy(student)
-        with torch.random.fork_rng(devices=[]):
-            trial([torch.randn(2, config.num_channels, size, size) for size in sizes]).logits.sum().backward()
-    except ImportError:  # timm is missing, or does not know the architecture
-        raise
-    except Exception as error:  # of a library's network with settings that only it knows
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"the {config.backbone_config.model_type} of backbone_config cannot be trained on these crops: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
-    for parameter, tried in zip(student.parameters(), trial.parameters(), strict=True):
-        parameter.requires_grad_(tried.grad is not None)
-    return student
-
-
-def make_teacher(student: DINOForPreTraining) -> DINOForPreTraining:
-    """A copy with the student's weights that is never trained, and drops nothing.
-
-    Its batch norms stay in training mode, like the original's, and so normalise by the batch.
-    """
-    config = copy.deepcopy(student.config)
-    config.drop_path_rate = 0.0
-    teacher = DINOForPreTraining(config)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False).eval()
-    for module in teacher.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.train()
-    return teacher
 
 
 def count_steps(args: TrainingArguments, num_images: int | None, global_batch_size: int) -> tuple[int, int]:
@@ -192,72 +73,16 @@ def count_steps(args: TrainingArguments, num_images: int | None, global_batch_si
     return steps_per_epoch, args.max_steps or steps_per_epoch * args.num_train_epochs
 
 
-class KNNEvaluation:
-    """k-NN of the teacher while training; loads its images before the first step, so that errors come early.
-
-    With `max_eval_samples`, a stream is drawn from through a window of a thousand images, so one that is sorted by
-    class may lack classes.
-    """
-
-    def __init__(self, args: TrainingArguments, image_processor):
-        self.args = args
-        self.image_processor = image_processor
-        self.splits = []
-        for split in (args.train_split, args.eval_split):
-            dataset = load_images(
-                args.dataset_name,
-                args.dataset_config_name,
-                split,
-                args.image_column,
-                args.label_column,
-                args.streaming,
-            )
-            if "label" not in dataset.column_names:
-                raise ValueError(f"--eval_steps needs labels, and {args.dataset_name} has no label column")
-            if args.max_eval_samples is not None:
-                if isinstance(dataset, Dataset):
-                    number = min(args.max_eval_samples, len(dataset))
-                    dataset = dataset.shuffle(seed=args.seed).select(range(number))
-                else:
-                    dataset = dataset.shuffle(seed=args.seed).take(args.max_eval_samples)
-            self.splits.append(dataset)
-
-    def __call__(self, backbone) -> dict[str, float]:
-        features_and_labels = []
-        for dataset, description in zip(self.splits, ("k-NN bank", "k-NN test")):
-            features_and_labels += extract_features(
-                backbone,
-                dataset,
-                self.image_processor,
-                self.args.per_device_eval_batch_size,
-                self.args.num_workers if isinstance(dataset, Dataset) else 0,
-                description,
-            )
-        labels = self.splits[0].features["label"]
-        num_classes = len(set(features_and_labels[1].tolist()))
-        if isinstance(labels, ClassLabel) and num_classes < labels.num_classes:
-            warnings.warn(
-                f"the k-NN bank has images of {num_classes} of the {labels.num_classes} classes: raise "
-                "--max_eval_samples, or do without --streaming"
-            )
-        k = [k for k in (10, 20, 100, 200) if k <= len(features_and_labels[0])] or [1]
-        return knn_accuracy(*features_and_labels, k=k)
-
-
 def train_step(
     accelerator: Accelerator,
     args: TrainingArguments,
-    student: torch.nn.Module,
-    teacher: DINOForPreTraining,
-    dino_loss: DINOLoss,
-    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
     batches: list[CropBatch],
     step: int,
     now: Hyperparameters,
     guard: Guard,
-    signals: Signals,
 ) -> None:
-    """One step, of one batch or several whose gradients are accumulated. `student` may be wrapped by DDP.
+    """One step, counted from 1, of one batch or of several whose gradients are accumulated.
 
     A step that fp16's scaler leaves out, as gradients overflow, moves neither student, centre nor teacher; it counts,
     so that schedules and data go on.
@@ -265,6 +90,7 @@ def train_step(
     Raises:
         NonFiniteError: on all processes, if the loss or a gradient of the step before was no number.
     """
+    dino_loss, optimizer, signals = state.dino_loss, state.optimizer, state.signals
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate * group["lr_scale"]
         group["weight_decay"] = now.weight_decay if group["is_decayed"] else 0.0
@@ -274,10 +100,10 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
-        with nullcontext() if number == len(batches) else accelerator.no_sync(student):
+        with nullcontext() if number == len(batches) else accelerator.no_sync(state.student_model):
             with torch.no_grad():
-                teacher_logits, teacher_features = teacher(crops[0]).to_tuple()
-            output = student(crops)
+                teacher_logits, teacher_features = state.teacher_model(crops[0]).to_tuple()
+            output = state.student_model(crops)
             loss = dino_loss(output.logits, teacher_logits, now.teacher_temp, args.num_crops)
             total = loss
             if args.koleo_weight:  # of each global crop by itself: its nearest neighbour would be the other one
@@ -287,50 +113,22 @@ def train_step(
         signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp), teacher_features)
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
-    unwrapped = accelerator.unwrap_model(student, keep_torch_compile=False)
     accelerator.unscale_gradients(optimizer)  # of fp16's scale
-    norms = gradient_norms(unwrapped)
+    norms = gradient_norms(state.student)
     is_left_out = guard.check(step, batches, losses, norms)
     if args.clip_grad:
-        clip_gradients_(unwrapped, args.clip_grad, norms)
+        clip_gradients_(state.student, args.clip_grad, norms)
     if now.freeze_last_layer:
-        drop_gradients(unwrapped.head.last_layer)
+        drop_gradients(state.student.head.last_layer)
     if now.freeze_backbone:
-        drop_gradients(unwrapped.dino)
+        drop_gradients(state.student.dino)
     optimizer.step()
     optimizer.zero_grad()
     if is_left_out:
         return
     signals.add_gradients(norms)
     dino_loss.update_center(logits_sum, num_rows)
-    update_teacher_(teacher, unwrapped, now.teacher_momentum)
-
-
-def make_accelerator(gradient_accumulation_steps: int = 1) -> Accelerator:
-    """The launcher's processes and precision.
-
-    Raises:
-        ValueError: a launcher that Accelerate does not see, or settings of it that training would not follow.
-    """
-    # buffers are the same on all processes already: a frozen weight_g, and statistics that batch norms share
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(gradient_accumulation_steps=gradient_accumulation_steps, kwargs_handlers=[ddp])
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
-            "on CPU, set ACCELERATE_USE_CPU=true"
-        )
-    requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if requested not in ("no", "bf16", "fp16"):
-        raise ValueError(f"mixed_precision of accelerate launch must be no, bf16 or fp16, got {requested}")
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if is_fsdp and not accelerator.is_fsdp2:
-        raise ValueError("FSDP must be fsdp_version 2, on several GPUs")
-    if is_fsdp and requested == "fp16":
-        raise ValueError("FSDP trains in bf16 or fp32, not in fp16")
-    if requested == "fp16" and accelerator.device.type == "cpu":  # Accelerate would go on in fp32
-        raise ValueError("mixed_precision fp16 needs a GPU; on CPU there is bf16")
-    return accelerator
+    update_teacher_(state.teacher, state.student, now.teacher_momentum)
 
 
 def train(args: TrainingArguments) -> Path:
@@ -350,6 +148,42 @@ def train(args: TrainingArguments) -> Path:
         return _train(args, accelerator, run_log)
 
 
+def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: int) -> Path | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        ValueError: one that does not do, or a folder of another run that would be lost.
+    """
+    checkpoint = None
+    if args.resume_from_checkpoint:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
+    if checkpoint:
+        check_same_settings(checkpoint, args, global_batch_size)
+    # a run that has no checkpoint yet is begun again by the command that began it
+    holds_run = list_checkpoints(output_dir) or (
+        (output_dir / "metrics.jsonl").exists() and not args.resume_from_checkpoint
+    )
+    if holds_run and not checkpoint and not args.overwrite_output_dir:
+        raise ValueError(
+            f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
+            "--overwrite_output_dir to lose it"
+        )
+    return checkpoint
+
+
+def clear_folder(args: TrainingArguments, output_dir: Path, first_step: int) -> None:
+    """Takes out of the folder what a run that goes on after `first_step` steps would take for its own."""
+    if first_step:
+        set_later_checkpoints_aside(output_dir, first_step)
+        return
+    for old in list_checkpoints(output_dir):
+        shutil.rmtree(old)
+    (output_dir / "skipped.jsonl").unlink(missing_ok=True)
+    unpublish(output_dir)
+    if not args.resume_from_checkpoint:
+        (output_dir / "train.log").unlink(missing_ok=True)
+
+
 def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -> Path:
     output_dir = Path(args.output_dir)
     trackers = find_trackers(args.report_to)
@@ -365,30 +199,15 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
-    checkpoint = None
-    if args.resume_from_checkpoint:
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
-    if checkpoint:
-        check_same_settings(checkpoint, args, global_batch_size)
-    # a run that has no checkpoint yet is begun again by the command that began it
-    holds_run = list_checkpoints(output_dir) or (
-        (output_dir / "metrics.jsonl").exists() and not args.resume_from_checkpoint
-    )
-    if holds_run and not checkpoint and not args.overwrite_output_dir:
-        raise ValueError(
-            f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
-            "--overwrite_output_dir to lose it"
-        )
-
+    checkpoint = choose_start(args, output_dir, global_batch_size)
     set_seed(args.seed)
     student = make_student(config, args)
     teacher = make_teacher(student)
-    dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum, args.centering)
-    dino_loss = dino_loss.to(accelerator.device)
+    center = None
     if checkpoint:
         load_networks(checkpoint, student, teacher)
     elif args.init_from:
-        has_heads = load_initial_weights(args.init_from, student, teacher, dino_loss)
+        has_heads, center = load_initial_weights(args.init_from, student, teacher)
         if not has_heads and args.freeze_backbone_steps is None:
             schedule.freeze_backbone_steps = steps_per_epoch
     if args.gradient_checkpointing:
@@ -401,26 +220,20 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
 
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
-    if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
-        share_batch_norms_(student, accelerator.device)
-        share_batch_norms_(teacher, accelerator.device)
-    if accelerator.is_fsdp2:
-        if args.optimizer == "sgd":
-            raise ValueError("FSDP trains with optimizer adamw or lars, got sgd")
-        shard_(accelerator, student, teacher)
-        model, teacher_model, optimizer = student, teacher, make_optimizer(student, args)
-    else:
-        model, optimizer = accelerator.prepare(student, make_optimizer(student, args))
-        teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
+    state = prepare_state(accelerator, args, student, teacher)
+    if center is not None:
+        state.dino_loss.center.copy_(center)
     set_seed(args.seed, device_specific=True)  # processes drop different paths
     first_step, data_state = 0, None
-    guard = Guard(accelerator, optimizer)
-    signals = Signals(config.out_dim, accelerator.device, gradient_groups(student))
     if checkpoint:
-        first_step, data_state = load_progress(accelerator, checkpoint, dino_loss, optimizer, schedule, signals)
+        first_step, data_state = load_progress(accelerator, checkpoint, state, schedule)
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
-    agreement, interruption = Agreement(args.stream_timeout), Interruption()
+    guard, agreement, interruption = (
+        Guard(accelerator, state.optimizer),
+        Agreement(args.stream_timeout),
+        Interruption(),
+    )
     batches = loader.batches(
         (num_steps - first_step) * num_accumulated, data_state, agreement, lambda: interruption.name is not None
     )
@@ -430,15 +243,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
 
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        if checkpoint:
-            set_later_checkpoints_aside(output_dir, first_step)
-        else:
-            for old in list_checkpoints(output_dir):
-                shutil.rmtree(old)
-            (output_dir / "skipped.jsonl").unlink(missing_ok=True)
-            unpublish(output_dir)
-            if not args.resume_from_checkpoint:
-                (output_dir / "train.log").unlink(missing_ok=True)
+        clear_folder(args, output_dir, first_step)
     accelerator.wait_for_everyone()
     run_log.open(output_dir)
     describe_start(args, accelerator, first_step, num_steps)
@@ -490,15 +295,15 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         elapsed = monitor.pause()
         guard.settle()  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
-            accelerator, agreement, output_dir, step, student, teacher, dino_loss, optimizer, schedule,
-            loader.state_dict(), signals, image_processor, args, global_batch_size,
+            accelerator, agreement, output_dir, step, state, schedule, loader.state_dict(), image_processor, args,
+            global_batch_size,
         )  # fmt: skip
         saved_step = step
         monitor.resume(elapsed)
 
     if evaluate and not first_step:
         run_evaluation(0)
-    model.train()
+    student.train()
     faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
     loss_explained = lost_process_explained(lambda: last_checkpoint(output_dir))
     with closing(monitor), interruption.noted(), faults_explained, loss_explained:
@@ -522,9 +327,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                 with run_log.tolerated("drawing crops.png"):
                     draw_crops(step_batches[0], args, output_dir)
             done = step + 1
-            train_step(
-                accelerator, args, model, teacher_model, dino_loss, optimizer, step_batches, done, now, guard, signals
-            )
+            train_step(accelerator, args, state, step_batches, done, now, guard)
             monitor.count(global_batch_size)
             is_last = done == num_steps
             log_now, save_now = (
@@ -533,16 +336,15 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
             skipped = Counter()
             if log_now:
                 guard.settle()
-                values = signals.read(accelerator)
                 skipped = sum(gather_object([monitor.skipped]), Counter())
                 monitor.log_step(
                     done,
                     {
                         "epoch": done / steps_per_epoch,
-                        **values,
-                        **signals.read_step(accelerator),
+                        **state.signals.read(accelerator),
+                        **state.signals.read_step(accelerator),
                         "student_teacher_distance": student_teacher_distance(student, teacher),
-                        "center_norm": dino_loss.center.norm().item(),
+                        "center_norm": state.dino_loss.center.norm().item(),
                         "learning_rate": now.learning_rate,
                         "weight_decay": now.weight_decay,
                         "teacher_momentum": now.teacher_momentum,
@@ -550,7 +352,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                         "skipped": dict(skipped),
                     },
                 )
-                signals.reset()
+                state.signals.reset()
                 if args.stop_on_collapse:  # before a checkpoint of it drops an older one
                     failed = monitor.explained_verdict() if monitor.verdict in FAILING else None
                     if failed := agreement.first_of_any(failed):

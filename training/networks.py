@@ -1,0 +1,122 @@
+"""The networks of a run, by its settings: a student with random weights, and its teacher."""
+
+import copy
+import json
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto import CONFIG_MAPPING
+
+from modeling_dino import DINOConfig, DINOForPreTraining
+from modeling_dino.command_line import nearest
+from modeling_dino.configuration_dino import VIT_FIELDS
+
+from .arguments import CONFIGS, TrainingArguments, find_config
+
+
+def load_config(args: TrainingArguments) -> DINOConfig:
+    """The model's config: the JSON of --model_config with --config_overrides in it.
+
+    Raises:
+        ValueError: an unknown field (names the nearest one), a wrong type, or sizes that do not fit one another.
+    """
+    path = find_config(args.model_config, CONFIGS / "models", ".json")
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must map names of the config's fields to values, got a {type(fields).__name__}")
+    for override in args.config_overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"config_overrides must be written as field=value, got {override}")
+        *parents, name = name.split(".")
+        target = fields
+        for parent in parents:  # of a name with dots, which lies deeper
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"config_overrides: {parent} has no fields, got {override}")
+        try:
+            target[name] = json.loads(value)
+        except json.JSONDecodeError:
+            target[name] = value  # a word
+    allowed = DINOConfig().to_dict()
+    for name in fields:
+        if name not in allowed:
+            raise ValueError(f"the model's config has no field {name}{nearest(name, allowed)}")
+    try:
+        config = DINOConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"model config: {error.__cause__ or error}") from error
+    if config.backbone_config is not None:
+        check_backbone_config(fields)
+    for name in ("global_crop_size", "local_crop_size"):
+        size = getattr(args, name)
+        is_used = config.backbone_config is None and (name == "global_crop_size" or args.num_local_crops)
+        if is_used and size % config.patch_size:
+            raise ValueError(f"{name} must be a multiple of the patch size {config.patch_size}, got {size}")
+    for name in ("image_mean", "image_std"):
+        if len(getattr(args, name)) not in (1, config.num_channels):
+            raise ValueError(
+                f"{name} must have one value or one for each of the {config.num_channels} channels, "
+                f"got {getattr(args, name)}"
+            )
+    return config
+
+
+def check_backbone_config(fields: dict) -> None:
+    """Finds what `DINOConfig` lets through: names that the network of `fields["backbone_config"]` does not have."""
+    for name in VIT_FIELDS:
+        if name in fields:
+            raise ValueError(f"{name} is a field of the Vision Transformer, and there is a backbone_config")
+    given = fields["backbone_config"]
+    allowed = CONFIG_MAPPING[given["model_type"]]().to_dict()
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"the config of a {given['model_type']} has no field {name}{nearest(name, allowed)}")
+
+
+def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTraining:
+    """A network with random weights. One of `config.backbone_config` is tried on crops first, as any may be given.
+
+    Parameters that its loss does not need, such as a mask token, are frozen: processes would wait for their gradients.
+
+    Raises:
+        ValueError: a network that cannot be built, or does not take the crops.
+    """
+    if config.backbone_config is None:
+        return DINOForPreTraining(config)
+    try:
+        student = DINOForPreTraining(config)
+        sizes = [args.global_crop_size] + [args.local_crop_size] * (args.num_local_crops > 0)
+        trial = copy.deepcopy(student)
+        with torch.random.fork_rng(devices=[]):
+            trial([torch.randn(2, config.num_channels, size, size) for size in sizes]).logits.sum().backward()
+    except ImportError:  # timm is missing, or does not know the architecture
+        raise
+    except Exception as error:  # of a library's network with settings that only it knows
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the {config.backbone_config.model_type} of backbone_config cannot be trained on these crops: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    for parameter, tried in zip(student.parameters(), trial.parameters(), strict=True):
+        parameter.requires_grad_(tried.grad is not None)
+    return student
+
+
+def make_teacher(student: DINOForPreTraining) -> DINOForPreTraining:
+    """A copy with the student's weights that is never trained, and drops nothing.
+
+    Its batch norms stay in training mode, like the original's, and so normalise by the batch.
+    """
+    config = copy.deepcopy(student.config)
+    config.drop_path_rate = 0.0
+    teacher = DINOForPreTraining(config)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False).eval()
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return teacher

@@ -1,0 +1,56 @@
+"""All that a training step changes, in one place."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from modeling_dino import DINOForPreTraining
+
+from .arguments import TrainingArguments
+from .batch_norm import share_batch_norms_
+from .loss import DINOLoss
+from .optim import gradient_groups, make_optimizer
+from .sharding import shard_
+from .signals import Signals
+
+
+@dataclass
+class TrainingState:
+    """`student_model` and `teacher_model` are the networks as Accelerate runs them: cast, compiled, with others."""
+
+    student: DINOForPreTraining
+    teacher: DINOForPreTraining
+    student_model: nn.Module
+    teacher_model: nn.Module
+    dino_loss: DINOLoss
+    optimizer: torch.optim.Optimizer
+    signals: Signals
+
+
+def prepare_state(
+    accelerator: Accelerator, args: TrainingArguments, student: DINOForPreTraining, teacher: DINOForPreTraining
+) -> TrainingState:
+    """Networks that have their weights, for the processes and the precision of `accelerator`.
+
+    Raises:
+        ValueError: batch norms that processes cannot share, or an optimiser that FSDP does not go with.
+    """
+    config = student.config
+    if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
+        share_batch_norms_(student, accelerator.device)
+        share_batch_norms_(teacher, accelerator.device)
+    if accelerator.is_fsdp2:
+        if args.optimizer == "sgd":
+            raise ValueError("FSDP trains with optimizer adamw or lars, got sgd")
+        shard_(accelerator, student, teacher)
+        student_model, teacher_model, optimizer = student, teacher, make_optimizer(student, args)
+    else:
+        student_model, optimizer = accelerator.prepare(student, make_optimizer(student, args))
+        teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
+    dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum, args.centering)
+    signals = Signals(config.out_dim, accelerator.device, gradient_groups(student))
+    return TrainingState(
+        student, teacher, student_model, teacher_model, dino_loss.to(accelerator.device), optimizer, signals
+    )
