@@ -49,3 +49,22 @@ def test_recipe_learns_without_labels(digits, tmp_path):
         assert report["values"][k] >= report["baselines"]["untrained network"][k] + 20
     steps = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert len(steps) == 700 / 20 and steps[-1]["loss_over_ln_k"] < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_training_goes_on_from_a_backbone_without_making_it_worse(digits, tmp_path):
+    """Its heads are new, so the backbone is frozen for an epoch of 20 steps: k-NN stays, and then rises."""
+
+    def train(name: str, steps: int, *flags) -> dict[int, float]:
+        command = [sys.executable, "-m", "training", "--config", "quickstart", "--dataset_name", digits, *flags]
+        command += ["--output_dir", tmp_path / name, "--max_steps", str(steps)]
+        subprocess.run(command, check=True, capture_output=True)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["knn_10_top1"] for line in lines if "knn_10_top1" in line}
+
+    *_, before = train("first", 120, "--eval_steps", "120").values()
+    knn = train("second", 120, "--eval_steps", "20", "--init_from", tmp_path / "first")
+    assert knn[0] == knn[20] == before
+    assert knn[40] != before
+    assert knn[100] >= before

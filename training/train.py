@@ -269,7 +269,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         if accuracies:
             monitor.write(step, accuracies)
             best = max(value for name, value in accuracies.items() if name.endswith("top1"))
-            monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %" + (" (untrained)" if step == 0 else ""))
+            note = "" if step else " (as it was)" if args.init_from else " (untrained)"
+            monitor.say(f"step {step}: k-NN top-1 of the teacher {best:.1f} %{note}")
         monitor.resume(elapsed)
 
     def draw_figures(at_end: bool = False) -> None:
