@@ -38,7 +38,7 @@ def numbers(output_dir) -> dict[tuple[str, int], float]:
         (name, line["step"]): value
         for line in metrics(output_dir)
         for name, value in line.items()
-        if name not in ("step", "skipped")
+        if name not in ("step", "skipped", "verdict")
     }
 
 

@@ -55,7 +55,7 @@ def test_few_targets_cannot_use_all_prototypes():
 
 def of_step(*batches):
     """What is read of a step of these batches, each of targets and features."""
-    signals = Signals(batches[0][0].shape[1], "cpu")
+    signals = Signals(batches[0][0].shape[1], "cpu", GROUPS)
     signals.add(torch.tensor(0.0), torch.softmax(torch.ones(2, signals.chosen.numel()), -1), torch.ones(2, 3))
     signals.begin_step()
     for targets, features in batches:

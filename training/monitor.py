@@ -21,7 +21,7 @@ from .verdict import FAILING, TOO_EARLY, Judge
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
 MAX_JUDGED = 10_000  # lines, of some KiB each
-NUM_PROGRESS_LINES = 8  # where there is no terminal for a bar; and one of the start
+NUM_PROGRESS_LINES = 6  # where there is no terminal for a bar; and one of the start
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Monitor:
             rewritten.replace(self.metrics_file)
             self.judged += [line for line in kept if "verdict" in line]
         self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
+        self.said = next((line["verdict"] for line in reversed(self.judged) if line["verdict"] != TOO_EARLY), None)
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -127,9 +128,9 @@ class Monitor:
             "data_wait": data_wait,
             "peak_memory_mib": peak_memory_mib(),
         }
-        line = {"step": step} | values | measured
+        line = values | measured
         if self.enabled:
-            self._judge(line)
+            line["verdict"] = self._judge(step, line)
         self.write(step, line)
         summary = (
             f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
@@ -149,13 +150,14 @@ class Monitor:
             self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {advice}")
             self.advised = True
 
-    def _judge(self, line: dict) -> None:
-        """Puts the verdict into a line, and says it if it is another than before."""
-        self.judged.append(line)
-        before, self.verdict = self.verdict, self.judge.verdict(list(self.judged))
-        line["verdict"] = self.verdict
-        if self.verdict != before:
-            self.say(f"step {line['step']}: {self.explained_verdict()}")
+    def _judge(self, step: int, line: dict) -> str:
+        """The verdict after one more line; says it if it is another than was said before."""
+        self.judged.append({"step": step} | line)
+        self.verdict = self.judge.verdict(list(self.judged))
+        if self.verdict not in (TOO_EARLY, self.said):
+            self.say(f"step {step}: {self.explained_verdict()}")
+            self.said = self.verdict
+        return self.verdict
 
     def explained_verdict(self) -> str:
         """In one line, with advice if the training fails."""

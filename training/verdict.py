@@ -74,14 +74,13 @@ class Judge:
         tells_nothing = now["target_information"] < NO_INFORMATION
         if tells_nothing and now["student_teacher_distance"] > RUNAWAY_DISTANCE:
             return DIVERGING
-        if (
-            now["kl"] > ln_k
-        ):  # the student is worse than one that says nothing, which alone befalls healthy runs as well
+        if now["kl"] > ln_k:  # worse than a student that says nothing, which alone befalls healthy runs as well
             earlier = [line["loss"] for line in lines[: -len(window)]]
             levels = [median(earlier[i : i + MIN_LINES]) for i in range(0, len(earlier), MIN_LINES)]
             if levels and now["loss"] > RISEN_LOSS * min(levels):
                 return DIVERGING
-        is_uniform = now["teacher_entropy"] > UNIFORM_ENTROPY * ln_k
+        # on its way there, too
+        is_uniform = max(now["teacher_entropy"], lines[-1]["teacher_entropy"]) > UNIFORM_ENTROPY * ln_k
         few_answers = now["target_information"] < math.log(2) and now["teacher_entropy"] < ONE_HOT_ENTROPY * ln_k
         if few_answers or (tells_nothing and not is_uniform):
             return COLLAPSING
