@@ -137,6 +137,7 @@ def test_process_that_dies_ends_the_others_with_a_message(recipe, parquet_folder
     assert "step_0000004 is the last checkpoint before" in printed or "step_0000008 is the last" in printed
 
 
+@pytest.mark.slow
 def test_processes_whose_launcher_is_killed_write_a_checkpoint_and_end(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 400, "--save_steps", 1000)
     running = start(*argv, "--output_dir", tmp_path, "--per_device_train_batch_size", 4, launcher=TWO)

@@ -40,6 +40,7 @@ def two(recipe, parquet_folder, tmp_path_factory):  # noqa: F811
     return output_dir
 
 
+@pytest.mark.slow
 def test_torchrun(two, recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--per_device_train_batch_size", 4)
     trained(*argv, "--output_dir", tmp_path, launcher=TORCHRUN)
@@ -57,6 +58,7 @@ def started_from_python(launcher: str, recipe, parquet_folder, tmp_path):  # noq
     return subprocess.run(started, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_debug_launcher(two, recipe, parquet_folder, tmp_path):  # noqa: F811
     finished = started_from_python("debug_launcher", recipe, parquet_folder, tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -75,6 +75,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_in_its_log_and_in_tensorboard(plain, recipe, parquet_folder, tmp_path):  # noqa: F811
     """Killed after step 8, whose last checkpoint is of step 6: what there was of 7 and 8 is taken back."""
     argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5")
@@ -111,7 +112,9 @@ main()
 FINE = {"start": "pass", "log": "pass", "finish": "pass"}
 
 
-@pytest.mark.parametrize("fault", ["start", "log", "finish"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("start", marks=pytest.mark.slow), "log", pytest.param("finish", marks=pytest.mark.slow)]
+)
 def test_tracker_that_fails_is_said_once_and_changes_nothing(plain, recipe, parquet_folder, tmp_path, fault):  # noqa: F811
     script = TRACKER.format(**FINE | {fault: "raise RuntimeError('no such host')"})
     argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5", "--report_to", "bad", "tensorboard")

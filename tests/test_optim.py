@@ -221,7 +221,7 @@ def test_step_scales_learning_rates_and_adds_koleo_of_each_global_crop(monkeypat
     assert state.signals.sums[0].item() == pytest.approx(loss.item(), rel=1e-6)  # what is logged is DINO's alone
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "lars"])
 def test_run_goes_on_from_a_checkpoint(recipe, parquet_folder, tmp_path, optimizer):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--optimizer", optimizer, "--koleo_weight", 0.1)
     argv += ("--centering", "sinkhorn_knopp", "--layer_decay", 0.7, "--patch_embed_lr_multiplier", 0.2)
@@ -234,6 +234,7 @@ def test_run_goes_on_from_a_checkpoint(recipe, parquet_folder, tmp_path, optimiz
     assert finished.returncode == 2 and f"was trained with optimizer {optimizer}, not adamw" in finished.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_balance_prototypes_as_one_with_twice_the_batch(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     argv += ("--centering", "sinkhorn_knopp")

@@ -28,10 +28,10 @@ main()
 """
 
 
-def scripted(script: str, folder, *argv, processes: int = 1, **environment) -> subprocess.CompletedProcess:
+def scripted(script: str, folder, *argv, processes: int = 1, launcher=None, **environment):
     """The real command, in which a script has replaced something."""
     (folder / "script.py").write_text(script)
-    launcher = TWO[:-1] if processes == 2 else ()
+    launcher = launcher or (TWO[:-1] if processes == 2 else ())
     return command(*argv, launcher=launcher, module=folder / "script.py", PYTHONPATH=os.getcwd(), **environment)
 
 
@@ -83,6 +83,7 @@ def test_steps_that_fp16_leaves_out_move_nothing_and_a_resume_keeps_the_scale(re
     assert losses(tmp_path / "again") == losses(tmp_path / "run")[2:]
 
 
+@pytest.mark.slow
 def test_fp16_that_overflows_at_any_scale_stops(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", "8", "--save_steps", "20")
     finished = in_fp16(tmp_path, *argv, "--output_dir", tmp_path, init_scale=2.0**30, backoff_factor=0.999)
@@ -91,6 +92,7 @@ def test_fp16_that_overflows_at_any_scale_stops(recipe, parquet_folder, tmp_path
     assert (tmp_path / "checkpoints/step_0000020/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_bit(recipe, parquet_folder, tmp_path):  # noqa: F811
     """Paths are dropped alike when a block is computed for the second time."""
     argv = ("--config", recipe, "--dataset_name", parquet_folder)
@@ -138,7 +140,7 @@ def test_loss_that_is_no_number_stops_before_the_optimiser_and_lists_the_images(
     assert torch.isfinite(state["center"]).all()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_crops_that_are_no_numbers_stop_all_processes_and_are_named(recipe, flat_folder, tmp_path, processes):  # noqa: F811
     """Of one process: the others' losses are numbers, and stop all the same, at the same step."""
     argv = ("--config", recipe, "--dataset_name", flat_folder, "--output_dir", tmp_path / "run", "--save_steps", "1")

@@ -107,6 +107,7 @@ def test_recipes_of_the_originals_readme_change_what_it_changes_and_nothing_else
         ("one_gpu", 1, 1, "bf16", "NO"),
         ("eight_gpus", 8, 1, "bf16", "MULTI_GPU"),
         ("two_nodes_of_eight", 16, 2, "bf16", "MULTI_GPU"),
+        ("fsdp2", 8, 1, "bf16", "FSDP"),
         ("cpu", 2, 1, "no", "MULTI_GPU"),
     ],
 )

@@ -2,9 +2,9 @@
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, convert_outputs_to_fp32
 from accelerate.utils.other import compile_regions_fsdp2
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -14,22 +14,24 @@ from modeling_dino import DINOForPreTraining
 def shard_(accelerator: Accelerator, student: DINOForPreTraining, teacher: DINOForPreTraining) -> None:
     """Cuts both networks up alike, so that what is done to every element needs no other process.
 
-    Blocks are put together one after another when they are needed, as Accelerate's plugin says. Its own preparation
-    takes one network and one optimiser.
+    Blocks are put together one after another when they are needed, as Accelerate's plugin says; its own preparation
+    takes one network and one optimiser. Mixed precision is autocast's, as without FSDP, and so parts travel in fp32:
+    the plugin's would also round what autocast leaves in fp32.
     """
     plugin, dynamo = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin
-    how = {
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-        "offload_policy": plugin.cpu_offload or OffloadPolicy(),
-    }
+    offload_policy = plugin.cpu_offload or OffloadPolicy()
     for network in (student, teacher):
         network.to(accelerator.device)
+        if accelerator.mixed_precision == "bf16":
+            autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+            network.forward = convert_outputs_to_fp32(autocast(network.forward))
         if dynamo.backend != DynamoBackend.NO:
             compile_regions_fsdp2(network, **dynamo.to_kwargs())
         for module in network.modules():
             if type(module).__name__ in network._no_split_modules and module is not network:
-                fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **how)
-        fully_shard(network, **how)
+                reshard = plugin.reshard_after_forward
+                fully_shard(module, reshard_after_forward=reshard, offload_policy=offload_policy)
+        fully_shard(network, offload_policy=offload_policy)
     # no backward pass follows to do it; the moving average would go to a copy that is thrown away
     teacher.set_reshard_after_forward(True)
 
