@@ -206,7 +206,12 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
 
 
 def _memory(args: TrainingArguments, student: DINOForPreTraining, accelerator: Accelerator) -> str:
-    parts = state_bytes(student, accelerator.num_processes, args.optimizer)
+    num_processes = accelerator.num_processes
+    if accelerator.is_fsdp2:  # every process has its share
+        whole = state_bytes(student, 1, args.optimizer)
+        parts = {f"{name}, shared out": size // num_processes for name, size in whole.items()}
+    else:
+        parts = state_bytes(student, num_processes, args.optimizer)
     precision = accelerator.mixed_precision
     activations = activation_bytes(args, student.train(), is_mixed=precision != "no")
     title = f"activations, estimated, {'fp32' if precision == 'no' else precision}"
