@@ -72,7 +72,7 @@ def test_flags(argv, message, capsys):
         ({"config_overrides": {"hidden_size": "wide"}}, "Field 'hidden_size' expected int, got str"),
         ({"seed": [1, 2]}, "seed must be one value, got [1, 2]"),
         ({"image_mean": []}, "--image-mean: expected at least one argument"),
-        ({"base_learning_rate": float("nan")}, "base_learning_rate must be at least 0, got nan"),
+        ({"base_learning_rate": float("nan")}, "base_learning_rate must be at least 0 and finite, got nan"),
         ({"config_overrides": {"hidden_act": "foo"}}, "hidden_act must be one of "),
         ({"config_overrides": {"mlp_ratio": 0}}, "mlp_ratio must be above 0, got 0"),
         ({"config_overrides": ["out_dim=[1"]}, "Field 'out_dim' expected int, got str"),
@@ -204,3 +204,23 @@ def test_launcher_that_accelerate_does_not_see(recipe, parquet_folder, out):
     argv = (*recipe(), "--dataset_name", parquet_folder, *out)
     finished = command(*argv, WORLD_SIZE="2", RANK="0", LOCAL_RANK="-1", ACCELERATE_USE_CPU="false")
     assert finished.returncode == 2 and "the launcher started 2 processes, Accelerate sees 1" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report_to", "none", "tensorboard"], "report_to: none stands alone, got none tensorboard"),
+        (["--init_from", "/nowhere/at/all"], "init_from: there is no folder /nowhere/at/all"),
+        (["--koleo_weight", "inf"], "koleo_weight must be at least 0 and finite, got inf"),
+    ],
+)
+def test_newer_settings(recipe, parquet_folder, out, flags, message):
+    finished = command(*recipe(), "--dataset_name", parquet_folder, *out, *flags)
+    assert finished.returncode == 2 and message in finished.stderr and finished.stderr.count("\n") == 1
+
+
+def test_output_dir_that_is_a_file(recipe, parquet_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    finished = command(*recipe(), "--dataset_name", parquet_folder, "--output_dir", tmp_path / "file")
+    assert finished.returncode == 2 and "output_dir must be a folder" in finished.stderr
+    assert (tmp_path / "file").read_text() == "mine"

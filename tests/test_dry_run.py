@@ -45,12 +45,12 @@ def imagenet_run(flat_folder, tmp_path_factory):
 def test_schedule_of_the_imagenet_run_has_the_originals_numbers(imagenet_run):
     rows = {int(row[0]): row[1:] for row in section(imagenet_run[0], "Schedule")[1:]}
     assert rows.keys() == {0, 2502, 25_020, 62_550, 125_100, 187_650, 250_199}
-    assert rows[0] == ["0.00", "0.0000e+00", "0.04000", "0.9960000", "0.0400", "frozen"]
+    assert rows[0] == ["0.00", "0.0000e+00", "0.04000", "0.9960000", "0.0400", "frozen", "trained"]
     assert rows[25_020][:2] == ["10.00", "1.0000e-03"]
     # of the original, at half of the training and at its last step
-    assert rows[125_100] == ["50.00", "5.8724e-04", "0.22000", "0.9980000", "0.0400", "trained"]
-    assert rows[250_199] == ["100.00", "1.0000e-06", "0.40000", "1.0000000", "0.0400", "trained"]
-    assert [row[-1] for row in rows.values()] == ["frozen"] + ["trained"] * 6
+    assert rows[125_100] == ["50.00", "5.8724e-04", "0.22000", "0.9980000", "0.0400", "trained", "trained"]
+    assert rows[250_199] == ["100.00", "1.0000e-06", "0.40000", "1.0000000", "0.0400", "trained", "trained"]
+    assert [row[-2] for row in rows.values()] == ["frozen"] + ["trained"] * 6
 
 
 def test_steps_batch_and_parameters_of_the_imagenet_run(imagenet_run):

@@ -248,3 +248,61 @@ def test_manifest_says_what_the_checkpoint_is_of(finished):
         manifest["arguments"]["teacher_temp"] == 0.04
         and manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     )
+
+
+def test_settings_that_may_change_do_change(recipe, parquet_folder, tmp_path):  # noqa: F811
+    """The checkpoint's own do not come back with the optimiser's moments."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--layer_decay", 0.9, "--freeze_backbone_steps", 0)
+    trained(*argv, "--output_dir", tmp_path / "run", "--max_steps", 3)
+    argv += ("--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", "--max_steps", 6)
+    argv += ("--allow_changed", "max_steps", "layer_decay", "freeze_backbone_steps")
+    trained(*argv, "--layer_decay", 0.5, "--freeze_backbone_steps", 6)
+    states = [torch.load(path / "state.pt") for path in sorted((tmp_path / "run/checkpoints").iterdir())]
+    scales = [sorted({group["lr_scale"] for group in state["optimizer"]["param_groups"]}) for state in states]
+    assert scales == [pytest.approx([decay**3, decay**2, decay, 1.0]) for decay in (0.9, 0.5)]
+    before, after = (
+        load_file(path / "student/model.safetensors") for path in sorted((tmp_path / "run/checkpoints").iterdir())
+    )
+    still = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert still == {name for name in before if name.startswith("dino.")} | {"head.last_layer.weight_g"}
+    refused = command(*argv, "--layer_decay", 1)
+    assert refused.returncode == 2 and "cannot be switched on or off on the way" in refused.stderr
+
+
+def test_precision_does_not_change_by_accident(finished, tmp_path):
+    argv, folder = finished
+    argv += ("--output_dir", tmp_path, "--resume_from_checkpoint", folder / "checkpoints/step_0000006")
+    refused = command(*argv, ACCELERATE_MIXED_PRECISION="bf16")
+    assert refused.returncode == 2 and "was trained with mixed_precision no, not bf16" in refused.stderr
+    trained(*argv, "--allow_changed", "mixed_precision", ACCELERATE_MIXED_PRECISION="bf16")
+
+
+def test_checkpoint_of_another_folder_does_not_go_on_in_one_that_holds_a_run(finished, tmp_path):
+    argv, folder = finished
+    argv += ("--output_dir", tmp_path / "other")
+    trained(*argv, "--seed", 1)
+    argv += ("--resume_from_checkpoint", folder / "checkpoints/step_0000006")
+    refused = command(*argv)
+    assert refused.returncode == 2 and "holds another run" in refused.stderr
+    trained(*argv, "--overwrite_output_dir")
+    assert losses(tmp_path / "other") == losses(folder)[6:]
+
+
+def test_process_of_a_launcher_that_starts_one_notices_its_end(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 400, "--save_steps", 1000)
+    launcher = (*TWO[:2], "--cpu", "--num_processes", "1", "-m")
+    running = start(*argv, "--output_dir", tmp_path, launcher=launcher)
+    wait_until(lambda: has_done(tmp_path, 3), running)
+    running.kill()
+    printed, _ = running.communicate(timeout=60)  # of all who share its output
+    assert "Stopped by its launcher's end after step" in printed
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_output_that_nobody_reads_does_not_end_the_run(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--num_train_epochs", 4)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        ended = subprocess.run([sys.executable, "-m", "training", *map(str, argv)], stdout=nobody, timeout=120)
+    assert ended.returncode == 0 and len(losses(tmp_path)) == 20

@@ -178,8 +178,8 @@ def test_other_networks_have_no_layers_to_decay(setting):
         ({"centering": "mean"}, "centering must be ema or sinkhorn_knopp, got mean"),
         ({"layer_decay": 0.0}, "layer_decay must be above 0 and at most 1, got 0.0"),
         ({"layer_decay": 1.5}, "layer_decay must be above 0 and at most 1, got 1.5"),
-        ({"patch_embed_lr_multiplier": -1.0}, "patch_embed_lr_multiplier must be at least 0, got -1.0"),
-        ({"koleo_weight": float("nan")}, "koleo_weight must be at least 0, got nan"),
+        ({"patch_embed_lr_multiplier": -1.0}, "patch_embed_lr_multiplier must be at least 0 and finite, got -1.0"),
+        ({"koleo_weight": float("nan")}, "koleo_weight must be at least 0 and finite, got nan"),
         ({"koleo_weight": 0.1, "per_device_train_batch_size": 1}, "koleo_weight needs neighbours"),
     ],
 )

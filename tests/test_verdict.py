@@ -74,6 +74,18 @@ def test_nothing_is_told_before_warm_up_and_freeze_are_over_and_the_teacher_has_
         assert judge(**settings | falling).verdict(lines) == expected
 
 
+def test_nothing_is_told_while_the_backbone_is_frozen():
+    lines = [line(step, **ONE_OUTPUT) for step in range(10, 400, 10)]
+    assert judge(warmup_epochs=0, momentum_teacher=0.9, freeze_backbone_steps=1000).verdict(lines) == TOO_EARLY
+    assert judge(warmup_epochs=0, momentum_teacher=0.9, freeze_backbone_steps=100).verdict(lines) == COLLAPSING
+
+
+def test_advice_is_of_what_is_in_use():
+    assert "center_momentum" in judge(momentum_teacher=0.9).advice(COLLAPSING)
+    assert "center_momentum" not in judge(momentum_teacher=0.9, centering="sinkhorn_knopp").advice(COLLAPSING)
+    assert "base_learning_rate" not in judge(base_learning_rate=0.03, optimizer="sgd").advice(STUCK)
+
+
 def test_one_line_decides_nothing():
     judged = judge(warmup_epochs=0, momentum_teacher=0.9)
     healthy = [line(step) for step in range(20, 300, 10)]

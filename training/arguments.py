@@ -175,7 +175,7 @@ class TrainingArguments(AugmentationArguments):
                 raise ValueError(f"{name} is missing; give --{name}")
         names = [field.name for field in dataclasses.fields(self)]
         for name in self.allow_changed:
-            if name not in names:
+            if name not in (*names, "mixed_precision"):  # the launcher's
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
         for field in dataclasses.fields(self):
             allowed, value = get_args(field.type), getattr(self, field.name)
@@ -203,8 +203,8 @@ class TrainingArguments(AugmentationArguments):
                      "warmup_teacher_temp_epochs", "seed", "weight_decay", "weight_decay_end", "clip_grad",
                      "base_learning_rate", "min_learning_rate", "patch_embed_lr_multiplier",
                      "koleo_weight"):  # fmt: skip
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:  # so that nan is none
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:  # so that nan is none
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -2,7 +2,20 @@
 
 import torch
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return _SumOfAll.forward(ctx, gradient)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -21,9 +34,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         channels = [1, -1] + [1] * (input.ndim - 2)
         num_rows = input.numel() // input.shape[1] * torch.distributed.get_world_size()
         rows = input.float()  # under autocast it is bf16, whose sums keep two or three digits
-        mean = all_reduce(rows.sum(others)) / num_rows
+        mean = _SumOfAll.apply(rows.sum(others)) / num_rows
         centred = rows - mean.view(channels)
-        variance = all_reduce(centred.square().sum(others)) / num_rows
+        variance = _SumOfAll.apply(centred.square().sum(others)) / num_rows
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedConfig
 
+from evaluation.images import is_path
 from modeling_dino import DINOConfig, DINOForPreTraining
 from modeling_dino.command_line import one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
-from .schedules import Schedule
-from .sharding import cut_up_like_, whole, whole_network
+from .sharding import cut_up_like_, gathered, whole_network
 from .state import TrainingState
 
 
@@ -51,7 +52,6 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     state: TrainingState,
-    schedule: Schedule,
     data_state: dict,
     image_processor,
     args: TrainingArguments,
@@ -62,8 +62,9 @@ def save_checkpoint(
     Raises:
         ValueError: on all processes, if one cannot write; what has been written before stays.
     """
-    student, teacher = whole_network(state.student), whole_network(state.teacher)
-    optimizer_state = whole(state.optimizer.state_dict())
+    is_main = accelerator.is_main_process
+    student, teacher = (whole_network(network, is_main, "cpu") for network in (state.student, state.teacher))
+    optimizer_state = gathered(state.optimizer.state_dict(), is_main)
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
 
@@ -77,7 +78,6 @@ def save_checkpoint(
             "center": state.dino_loss.center,
             "optimizer": optimizer_state,
             "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
-            "freeze_backbone_steps": schedule.freeze_backbone_steps,
             "data": data_state,
             "num_processes": accelerator.num_processes,
         }
@@ -121,6 +121,7 @@ def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batc
     manifest = {
         "step": step,
         "global_batch_size": global_batch_size,
+        "mixed_precision": AcceleratorState().mixed_precision,
         "arguments": asdict(args),
         "versions": {name: version(name) for name in LIBRARIES},
         "files": files,
@@ -203,16 +204,30 @@ _ABOUT_THE_RUN = {
 }
 
 
+def saved_arguments(folder: Path) -> dict:
+    """The settings of the run that a checkpoint is of."""
+    return json.loads((folder / "manifest.json").read_text())["arguments"]
+
+
 def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size: int) -> None:
     """Finds settings by which the run would not go on as it would have.
 
     Raises:
-        ValueError: names them, unless they are in `args.allow_changed`.
+        ValueError: names them, unless they are in `args.allow_changed`; and another optimiser, in any case.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
     theirs, ours = manifest["arguments"], json.loads(json.dumps(asdict(args)))
     changes = {name: (theirs.get(name), value) for name, value in ours.items() if name not in _ABOUT_THE_RUN}
     changes["per_device_train_batch_size"] = (manifest["global_batch_size"], global_batch_size)
+    changes["mixed_precision"] = (manifest["mixed_precision"], AcceleratorState().mixed_precision)
+    if args.freeze_backbone_steps is None:  # then it is the checkpoint's, see `resolve_freeze`
+        del changes["freeze_backbone_steps"]
+    before, now = changes["optimizer"]
+    if before != now:
+        raise ValueError(
+            f"{folder} was trained with optimizer {before}, not {now}, which cannot go on with its moments; begin "
+            "another run from these weights, by --init_from"
+        )
     for name, (before, now) in changes.items():
         if before != now and name not in args.allow_changed:
             of_all = ", of all processes together" if name == "per_device_train_batch_size" else ""
@@ -279,6 +294,8 @@ def load_initial_weights(
         ValueError: weights that are not there, or do not fit.
     """
     folder, center = Path(name).expanduser(), None
+    if is_path(name) and not folder.exists():
+        raise ValueError(f"init_from: there is no folder {name}")
     if folder.is_file():
         raise ValueError(f"{name} is a file; make a folder of it with dino-convert")
     both = (folder / "student").is_dir() and (folder / "teacher").is_dir()
@@ -313,9 +330,20 @@ def load_networks(folder: Path, student: DINOForPreTraining, teacher: DINOForPre
         model.load_state_dict(saved.state_dict())
 
 
-def load_progress(
-    accelerator: Accelerator, folder: Path, state: TrainingState, schedule: Schedule
-) -> tuple[int, dict]:
+def _load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Puts the state of an optimiser into another, which keeps its own settings: they may have been changed."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+        raise ValueError(
+            "layer_decay and patch_embed_lr_multiplier cannot be switched on or off on the way; begin another run "
+            "from these weights, by --init_from"
+        )
+    optimizer.load_state_dict(cut_up_like_(saved, optimizer))
+    for group, own in zip(optimizer.param_groups, groups):
+        group.update(own)
+
+
+def load_progress(accelerator: Accelerator, folder: Path, state: TrainingState) -> tuple[int, dict]:
     """Puts all of a checkpoint but the networks' weights into `state`.
 
     Returns:
@@ -324,8 +352,7 @@ def load_progress(
     """
     shared = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     state.dino_loss.center.copy_(shared["center"])
-    state.optimizer.load_state_dict(cut_up_like_(shared["optimizer"], state.optimizer))
-    schedule.freeze_backbone_steps = shared["freeze_backbone_steps"]
+    _load_moments(state.optimizer, shared["optimizer"])
     if accelerator.scaler is not None and shared["scaler"] is not None:
         accelerator.scaler.load_state_dict(shared["scaler"])
     if shared["num_processes"] != accelerator.num_processes:

@@ -115,8 +115,15 @@ def _schedule(schedule: Schedule) -> str:
     args, last = schedule.args, schedule.num_steps - 1
     starts = [epochs * schedule.steps_per_epoch for epochs in (args.freeze_last_layer_epochs,
                                                                args.warmup_teacher_temp_epochs)]  # fmt: skip
-    steps = {0, schedule.warmup_steps, *starts, *(schedule.num_steps * quarter // 4 for quarter in (1, 2, 3)), last}
-    rows = [("step", "epoch", "learning rate", "weight decay", "momentum", "temperature", "last layer")]
+    steps = {
+        0,
+        schedule.warmup_steps,
+        args.freeze_backbone_steps or 0,
+        *starts,
+        *(schedule.num_steps * quarter // 4 for quarter in (1, 2, 3)),
+        last,
+    }
+    rows = [("step", "epoch", "learning rate", "weight decay", "momentum", "temperature", "last layer", "backbone")]
     for step in sorted(step for step in steps if step <= last):
         now = schedule(step)
         rows.append(
@@ -128,6 +135,7 @@ def _schedule(schedule: Schedule) -> str:
                 f"{now.teacher_momentum:.7f}",
                 f"{now.teacher_temp:.4f}",
                 "frozen" if now.freeze_last_layer else "trained",
+                "frozen" if now.freeze_backbone else "trained",
             )
         )
     return "\n".join(["Schedule (momentum and temperature are the teacher's)", *_columns(rows, align=">")])
@@ -165,11 +173,11 @@ def state_bytes(student: DINOForPreTraining, num_processes: int, optimizer: str)
 def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mixed: bool) -> int:
     """Estimate of what a step keeps for its backward pass, in bytes, for one device's batch.
 
-    The student and the loss really run forward, on the CPU, for one image and for two, and what autograd then saves is
-    added up, each storage once and without the parameters. Some of it comes with every image and some does not (bf16
-    copies of the weights), so that `images` of them keep ::
+    The student and the loss really run forward, on the CPU, for two images and for three (batch norms need two), and
+    what autograd then saves is added up, each storage once and without the parameters. Some of it comes with every
+    image and some does not (bf16 copies of the weights), so that `images` of them keep ::
 
-        saved(1) + (images - 1) * (saved(2) - saved(1))
+        saved(2) + (images - 2) * (saved(3) - saved(2))
 
     For a block of a Vision Transformer in fp32 that is about `4 * (8 + 2 * mlp_ratio) * hidden_size` bytes a token:
     the inputs of both norms and of the four linear layers, queries, keys and values, the attention's output, and what
@@ -201,8 +209,8 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
         assert loss.requires_grad  # the graph that has saved them still stands
         return sum(storage.nbytes() for storage in kept.values())
 
-    one, two = saved(1), saved(2)
-    return one + (args.per_device_train_batch_size - 1) * (two - one)
+    two, three = saved(2), saved(3)
+    return two + (args.per_device_train_batch_size - 2) * (three - two)
 
 
 def _memory(args: TrainingArguments, student: DINOForPreTraining, accelerator: Accelerator) -> str:

@@ -5,10 +5,23 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 EXIT_CODE = 75  # "temporary failure; try again", in sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # scancel and preemption, Ctrl-C, Slurm's --signal=USR1@...
+
+
+def is_launched() -> bool:
+    """Whether this is a child of torchrun or `accelerate launch`, and not of a shell, whose end is not ours."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    try:
+        return (
+            b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        )  # which starts one process by itself
+    except OSError:  # not on Linux
+        return False
 
 
 class Interruption:
@@ -16,8 +29,7 @@ class Interruption:
 
     def __init__(self):
         self._signal: str | None = None
-        is_launched = "TORCHELASTIC_RUN_ID" in os.environ  # and so a child of torchrun or accelerate launch
-        self._launcher = os.getppid() if is_launched else None
+        self._launcher = os.getppid() if is_launched() else None
 
     @property
     def name(self) -> str | None:

@@ -15,10 +15,13 @@ def make_accelerator(gradient_accumulation_steps: int = 1) -> Accelerator:
     # buffers are the same on all processes already: a frozen weight_g, and statistics that batch norms share
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(gradient_accumulation_steps=gradient_accumulation_steps, kwargs_handlers=[ddp])
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+    num_started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if accelerator.num_processes != num_started:
+        what_to_do = "on CPU, set ACCELERATE_USE_CPU=true"
+        if "WORLD_SIZE" not in os.environ:
+            what_to_do = "srun alone does not connect them: see configs/slurm/train.sbatch"
         raise ValueError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes, Accelerate sees {accelerator.num_processes}; "
-            "on CPU, set ACCELERATE_USE_CPU=true"
+            f"the launcher started {num_started} processes, Accelerate sees {accelerator.num_processes}; {what_to_do}"
         )
     requested = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested not in ("no", "bf16", "fp16"):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -60,7 +61,8 @@ class Monitor:
             rewritten = self.metrics_file.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
             rewritten.replace(self.metrics_file)
-            self.judged += [line for line in kept if "verdict" in line]
+            if not judge.args.allow_changed:  # else other settings are to be judged
+                self.judged += [line for line in kept if "verdict" in line]
         self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.said = next((line["verdict"] for line in reversed(self.judged) if line["verdict"] != TOO_EARLY), None)
         self.bar = tqdm(
@@ -180,8 +182,11 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line on the console, above the bar, and in the log."""
         if self.enabled:
-            tqdm.write(text)
-            sys.stdout.flush()  # a pipe or a file would keep it
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()  # a pipe or a file would keep it
+            except OSError:  # whoever read it has gone, and the training goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             logger.info(text)
 
     def close(self) -> None:

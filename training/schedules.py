@@ -53,7 +53,6 @@ class Schedule:
 
     def __init__(self, args: TrainingArguments, steps_per_epoch: int, num_steps: int, global_batch_size: int):
         self.args = args
-        self.freeze_backbone_steps = args.freeze_backbone_steps or 0
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = num_steps
         self.warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -78,5 +77,5 @@ class Schedule:
                 epoch, args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs
             ),
             freeze_last_layer=epoch < args.freeze_last_layer_epochs,
-            freeze_backbone=step < self.freeze_backbone_steps,
+            freeze_backbone=step < (args.freeze_backbone_steps or 0),
         )

@@ -21,7 +21,6 @@ def shard_(accelerator: Accelerator, student: DINOForPreTraining, teacher: DINOF
     plugin, dynamo = accelerator.state.fsdp_plugin, accelerator.state.dynamo_plugin
     offload_policy = plugin.cpu_offload or OffloadPolicy()
     for network in (student, teacher):
-        network.to(accelerator.device)
         if accelerator.mixed_precision == "bf16":
             autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
             network.forward = convert_outputs_to_fp32(autocast(network.forward))
@@ -41,20 +40,42 @@ def local(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def whole(tree):
-    """A nest of dicts, lists and tensors, in which tensors that are cut up are put together; by all processes."""
-    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, tree)
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together, where it is cut up; by all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_network(network: DINOForPreTraining) -> DINOForPreTraining:
-    """The network itself, or where it is cut up a copy that is not; by all processes."""
+def gathered(tree, is_wanted: bool):
+    """A nest of dicts, lists and tensors, in which those that are cut up are put together on the processor.
+
+    By all processes, and None for those of which it is not wanted. One tensor after another, as all of them may be
+    more than a device holds.
+    """
+
+    def gather(leaf):
+        if not isinstance(leaf, DTensor):
+            return leaf
+        leaf = leaf.full_tensor()
+        return leaf.cpu() if is_wanted else None
+
+    return tree_map(gather, tree)
+
+
+def whole_network(
+    network: DINOForPreTraining, is_wanted: bool = True, device: torch.device | str | None = None
+) -> DINOForPreTraining | None:
+    """The network itself or, where it is cut up, a copy that is not, on `device` or its own; by all processes.
+
+    None where it is cut up and not wanted.
+    """
     if not isinstance(network, FSDPModule):
         return network
-    state = whole(network.state_dict())
-    device = next(iter(state.values())).device
-    copied = DINOForPreTraining(network.config).to(device).eval().requires_grad_(False)
+    state = gathered(network.state_dict(), is_wanted)
+    if not is_wanted:
+        return None
+    copied = DINOForPreTraining(network.config).eval().requires_grad_(False)
     copied.load_state_dict(state)
-    return copied
+    return copied.to(device or next(network.parameters()).device)
 
 
 def cut_up_like_(state: dict, optimizer: torch.optim.Optimizer) -> dict:

@@ -35,6 +35,8 @@ def find_trackers(report_to: list[str]) -> list[str]:
     if report_to == ["none"]:
         return []
     for name in report_to:
+        if name == "none":
+            raise ValueError(f"report_to: none stands alone, got {' '.join(report_to)}")
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"report_to: there is no tracker {name}{nearest(name, [*LOGGER_TYPE_TO_CLASS, 'none'])}")
         if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():

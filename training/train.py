@@ -5,7 +5,7 @@ import math
 import shutil
 from collections import Counter
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from .checkpoint import (
     load_networks,
     load_progress,
     save_checkpoint,
+    saved_arguments,
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
@@ -41,7 +42,7 @@ from .knn_evaluation import KNNEvaluation
 from .launcher import make_accelerator
 from .log import RunLog
 from .loss import koleo_loss
-from .monitor import Monitor, draw_crops
+from .monitor import Monitor, draw_crops, read_metrics
 from .networks import load_config, make_student, make_teacher
 from .optim import (
     clip_gradients_,
@@ -160,10 +161,9 @@ def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: i
     if checkpoint:
         check_same_settings(checkpoint, args, global_batch_size)
     # a run that has no checkpoint yet is begun again by the command that began it
-    holds_run = list_checkpoints(output_dir) or (
-        (output_dir / "metrics.jsonl").exists() and not args.resume_from_checkpoint
-    )
-    if holds_run and not checkpoint and not args.overwrite_output_dir:
+    holds_run = list_checkpoints(output_dir) or (read_metrics(output_dir) and not args.resume_from_checkpoint)
+    goes_on = checkpoint and is_of_folder(checkpoint, output_dir)
+    if holds_run and not goes_on and not args.overwrite_output_dir:
         raise ValueError(
             f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
             "--overwrite_output_dir to lose it"
@@ -171,14 +171,26 @@ def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: i
     return checkpoint
 
 
-def clear_folder(args: TrainingArguments, output_dir: Path, first_step: int) -> None:
+def is_of_folder(checkpoint: Path, output_dir: Path) -> bool:
+    return checkpoint.resolve().parent.parent == output_dir.resolve()
+
+
+def with_frozen_backbone(args: TrainingArguments, steps: int | None) -> TrainingArguments:
+    """The same settings, with the default of freeze_backbone_steps in numbers."""
+    resolved = replace(args, freeze_backbone_steps=steps)
+    resolved.origins = args.origins
+    return resolved
+
+
+def clear_folder(args: TrainingArguments, output_dir: Path, checkpoint: Path | None, first_step: int) -> None:
     """Takes out of the folder what a run that goes on after `first_step` steps would take for its own."""
-    if first_step:
+    (output_dir / "non_finite.jsonl").unlink(missing_ok=True)
+    if checkpoint and is_of_folder(checkpoint, output_dir):
         set_later_checkpoints_aside(output_dir, first_step)
         return
-    for old in list_checkpoints(output_dir):
-        shutil.rmtree(old)
-    (output_dir / "skipped.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    for name in ("skipped.jsonl", "metrics.jsonl"):
+        (output_dir / name).unlink(missing_ok=True)
     unpublish(output_dir)
     if not args.resume_from_checkpoint:
         (output_dir / "train.log").unlink(missing_ok=True)
@@ -186,6 +198,8 @@ def clear_folder(args: TrainingArguments, output_dir: Path, first_step: int) -> 
 
 def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -> Path:
     output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir must be a folder, and {output_dir} is none")
     trackers = find_trackers(args.report_to)
     if args.push_to_hub:
         check_hub_settings(args.hub_model_id)
@@ -197,7 +211,6 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     loader = CropLoader(data_args, config.num_channels, num_accumulated)
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
-    schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
     checkpoint = choose_start(args, output_dir, global_batch_size)
     set_seed(args.seed)
@@ -206,12 +219,19 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     center = None
     if checkpoint:
         load_networks(checkpoint, student, teacher)
+        if args.freeze_backbone_steps is None:
+            args = with_frozen_backbone(args, saved_arguments(checkpoint)["freeze_backbone_steps"])
     elif args.init_from:
         has_heads, center = load_initial_weights(args.init_from, student, teacher)
         if not has_heads and args.freeze_backbone_steps is None:
-            schedule.freeze_backbone_steps = steps_per_epoch
+            args = with_frozen_backbone(args, steps_per_epoch)
+    schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     if args.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            kind = config.backbone_config.model_type
+            raise ValueError(f"gradient_checkpointing: a {kind} cannot, leave it out") from error
     if args.dry_run:
         if accelerator.is_main_process:
             print(describe(args, student, schedule, accelerator, loader.num_images, checkpoint))
@@ -226,7 +246,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     set_seed(args.seed, device_specific=True)  # processes drop different paths
     first_step, data_state = 0, None
     if checkpoint:
-        first_step, data_state = load_progress(accelerator, checkpoint, state, schedule)
+        first_step, data_state = load_progress(accelerator, checkpoint, state)
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
     guard, agreement, interruption = (
@@ -243,7 +263,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
 
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        clear_folder(args, output_dir, first_step)
+        clear_folder(args, output_dir, checkpoint, first_step)
     accelerator.wait_for_everyone()
     run_log.open(output_dir)
     describe_start(args, accelerator, first_step, num_steps)
@@ -275,9 +295,9 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
 
     def draw_figures(at_end: bool = False) -> None:
         elapsed = monitor.pause()
-        backbone = whole_network(teacher).dino
+        whole = whole_network(teacher, accelerator.is_main_process)
         if accelerator.is_main_process:
-            figures.draw(backbone, at_end)
+            figures.draw(whole.dino, at_end)
         monitor.resume(elapsed)
 
     def stop(signal_name: str, step: int) -> None:
@@ -296,7 +316,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         elapsed = monitor.pause()
         guard.settle()  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
-            accelerator, agreement, output_dir, step, state, schedule, loader.state_dict(), image_processor, args,
+            accelerator, agreement, output_dir, step, state, loader.state_dict(), image_processor, args,
             global_batch_size,
         )  # fmt: skip
         saved_step = step
@@ -371,14 +391,15 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
             eval_now = evaluate and (is_last or done % args.eval_steps == 0)
             if eval_now:
                 run_evaluation(done)
-            if (eval_now or save_now) and not is_last:
+            # to put together what FSDP has cut up takes more than drawing does
+            if (eval_now or (save_now and not accelerator.is_fsdp2)) and not is_last:
                 draw_figures()
             if not is_last and (asked := agreement.first_of_any(interruption.name)):
                 save(done)
                 stop(asked, done)
 
     draw_figures(at_end=True)
-    teacher = whole_network(teacher)
+    teacher = whole_network(teacher, accelerator.is_main_process, "cpu")
     monitor.say(f"Verdict of the metrics: {monitor.explained_verdict()}")
     if accelerator.is_main_process:
         snippet = publish(teacher.dino, image_processor, output_dir)

@@ -57,15 +57,16 @@ class Judge:
 
         A window is at least five lines, and as many steps as the teacher takes to follow the student,
         1 / (1 - momentum_teacher); twice as many to be `STUCK` or `LEARNING`, as runs may start from a plateau.
-        Lines count from when the learning rate has warmed up, the prototypes move, and the teacher's temperature does
-        not fall any more.
+        Lines count from when the learning rate has warmed up, prototypes and backbone move, and the teacher's
+        temperature does not fall any more.
         """
         args = self.args
         first_epoch = max(args.warmup_epochs, args.freeze_last_layer_epochs)
         if args.warmup_teacher_temp > args.teacher_temp:
             first_epoch = max(first_epoch, args.warmup_teacher_temp_epochs)
         window_steps = 1 / max(1 - args.momentum_teacher, 1e-4)
-        lines = [line for line in lines if line["epoch"] > first_epoch]
+        first_step = args.freeze_backbone_steps or 0
+        lines = [line for line in lines if line["epoch"] > first_epoch and line["step"] > first_step]
         window = _last(lines, MIN_LINES, window_steps)
         if not window or self.global_batch_size < MIN_IMAGES:
             return TOO_EARLY
@@ -102,12 +103,14 @@ class Judge:
             (1 - args.momentum_teacher) * (args.student_temp / args.teacher_temp - 1),
             1 - args.center_momentum,
         )
-        if verdict != DIVERGING and pull > follow / 2:
+        if args.centering != "ema":
+            pass  # no target sees the centre
+        elif verdict != DIVERGING and pull > follow / 2:
             to = f"{1 - 2 * pull:.2g} or less" if 2 * pull < 1 else "0"
             tried.append(f"lower center_momentum ({args.center_momentum:g}) to {to}")
         elif args.center_momentum > 0.99:
             tried.append(f"lower center_momentum ({args.center_momentum:g}) to 0.9")
-        if verdict == DIVERGING or args.base_learning_rate > 5e-4:
+        if verdict == DIVERGING or (args.optimizer == "adamw" and args.base_learning_rate > 5e-4):
             tried.append(f"lower base_learning_rate ({args.base_learning_rate:g})")
         if verdict == DIVERGING and args.warmup_epochs < 1:
             tried.append(f"raise warmup_epochs ({args.warmup_epochs:g})")
