@@ -102,6 +102,23 @@ def test_gradient_checkpointing_changes_no_bit(recipe, parquet_folder, tmp_path)
     assert are_equal(*(load_file(tmp_path / name / "model.safetensors") for name in ("with", "without")))
 
 
+TF32 = """
+import torch
+from training.__main__ import main
+try:
+    main()
+finally:
+    print("now", torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+"""
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), "now highest False"), (("--tf32",), "now high True")])
+def test_tf32_is_a_setting_of_its_own(recipe, parquet_folder, tmp_path, flags, expected):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--max_steps", 1)
+    finished = scripted(TF32, tmp_path, *argv, *flags)
+    assert finished.returncode == 0 and expected in finished.stdout, finished.stderr
+
+
 SPOILT = """
 import os, sys
 from training.__main__ import main, train
