@@ -1,6 +1,7 @@
 """The ways in which processes are started, and those in which they would each train for themselves."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def start():
 
 
 if __name__ == "__main__":
-    LAUNCHER(start, num_processes=2)
+    LAUNCHER(start, num_processes=2, OPTIONS)
 """
 
 
@@ -48,7 +49,10 @@ def test_torchrun(two, recipe, parquet_folder, tmp_path):  # noqa: F811
 
 
 def started_from_python(launcher: str, recipe, parquet_folder, tmp_path):  # noqa: F811
-    script = FROM_PYTHON.replace("LAUNCHER", launcher).replace("RECIPE", str(recipe))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        options = f"use_port='{free.getsockname()[1]}'" if launcher == "notebook_launcher" else ""
+    script = FROM_PYTHON.replace("LAUNCHER", launcher).replace("RECIPE", str(recipe)).replace("OPTIONS", options)
     (tmp_path / "script.py").write_text(
         script.replace("DATA", str(parquet_folder)).replace("OUTPUT", str(tmp_path / "run"))
     )

@@ -155,7 +155,7 @@ def test_no_place_for_tensorboard_or_figures_changes_nothing(plain, recipe, parq
     ("names", "message"),
     [
         (["tensorbord"], "report_to: there is no tracker tensorbord, did you mean tensorboard?"),
-        (["none", "tensorboard"], "report_to: there is no tracker none"),
+        (["none", "tensorboard"], "report_to: none stands alone, got none tensorboard"),
         (["clearml"], "report_to: clearml is not installed"),
     ],
 )

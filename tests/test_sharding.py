@@ -62,7 +62,8 @@ def test_networks_that_are_cut_up_train_as_whole_ones_and_resume(recipe, parquet
     argv += ("--resume_from_checkpoint", tmp_path / "cut/checkpoints/step_0000006")
     again = scripted(CUT_UP, tmp_path, *argv, "--output_dir", tmp_path / "again", processes=2)
     assert again.returncode == 0, again.stderr
-    assert losses(tmp_path / "again") == losses(tmp_path / "cut")[6:]
+    # to the last digit but one: parts lie elsewhere in memory than before, and are summed in another order
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "cut")[6:], rel=1e-6)
     # a checkpoint is the same, whoever wrote it
     trained(*argv, "--output_dir", tmp_path / "whole_again", launcher=TWO)
     assert losses(tmp_path / "whole_again") == pytest.approx(losses(tmp_path / "whole")[6:], rel=1e-5)
