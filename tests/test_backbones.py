@@ -149,6 +149,7 @@ def test_only_the_student_drops_anything(backbone_config):
 FLAGS = ("--max_steps", "3", "--save_steps", "3", "--global_crop_size", "64", "--local_crop_size", "32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_config", ["resnet50", "xcit_small_12_p16"])
 def test_row_of_the_papers_table_pretrains_saves_loads_and_evaluates(model_config, parquet_folder, recipe, tmp_path):  # noqa: F811
     overrides = json.dumps({**HEAD, "image_size": 32})
@@ -181,6 +182,7 @@ def resnet_recipe(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_batch_norms_of_two_processes_are_those_of_one_with_twice_the_batch(resnet_recipe, parquet_folder, tmp_path):
     argv = ("--config", resnet_recipe, "--dataset_name", parquet_folder, *TINY_RESNET)
     trained(*argv, "--output_dir", tmp_path / "one")
@@ -199,6 +201,7 @@ def test_batch_norms_of_two_processes_are_those_of_one_with_twice_the_batch(resn
                 torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_of_two_processes_stays_near_fp32_of_one(resnet_recipe, parquet_folder, tmp_path):
     argv = ("--config", resnet_recipe, "--dataset_name", parquet_folder, *TINY_RESNET, "--max_steps", "3")
     trained(*argv, "--output_dir", tmp_path / "one")

@@ -250,6 +250,7 @@ def test_manifest_says_what_the_checkpoint_is_of(finished):
     )
 
 
+@pytest.mark.slow
 def test_settings_that_may_change_do_change(recipe, parquet_folder, tmp_path):  # noqa: F811
     """The checkpoint's own do not come back with the optimiser's moments."""
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--layer_decay", 0.9, "--freeze_backbone_steps", 0)
@@ -277,6 +278,7 @@ def test_precision_does_not_change_by_accident(finished, tmp_path):
     trained(*argv, "--allow_changed", "mixed_precision", ACCELERATE_MIXED_PRECISION="bf16")
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_folder_does_not_go_on_in_one_that_holds_a_run(finished, tmp_path):
     argv, folder = finished
     argv += ("--output_dir", tmp_path / "other")
@@ -288,6 +290,7 @@ def test_checkpoint_of_another_folder_does_not_go_on_in_one_that_holds_a_run(fin
     assert losses(tmp_path / "other") == losses(folder)[6:]
 
 
+@pytest.mark.slow
 def test_process_of_a_launcher_that_starts_one_notices_its_end(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 400, "--save_steps", 1000)
     launcher = (*TWO[:2], "--cpu", "--num_processes", "1", "-m")

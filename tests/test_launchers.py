@@ -69,6 +69,7 @@ def test_debug_launcher(two, recipe, parquet_folder, tmp_path):  # noqa: F811
     assert_same_end(tmp_path / "run", two)
 
 
+@pytest.mark.slow
 def test_processes_that_would_each_train_for_themselves_are_refused(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
     finished = command(*argv, launcher=TORCHRUN, ACCELERATE_USE_CPU="false")

@@ -42,6 +42,7 @@ def numbers(output_dir) -> dict[tuple[str, int], float]:
     }
 
 
+@pytest.mark.slow
 def test_short_run_says_little_and_the_log_says_all(recipe, parquet_folder, tmp_path):  # noqa: F811
     more = ("--max_steps", "700", "--logging_steps", "20", "--eval_steps", "100", "--save_steps", "350")
     finished = command(*flags(recipe, parquet_folder, tmp_path, *more))

@@ -40,6 +40,7 @@ def streamed(hub, recipe, tmp_path):  # noqa: F811
 BEFORE = ["", "", "", ""]
 
 
+@pytest.mark.slow
 def test_faults_are_tried_again_visibly_and_change_nothing(hub, streamed):
     flags, folder, environment = streamed
     trained(*flags("whole"), **environment)
@@ -63,6 +64,7 @@ def test_stream_is_read_anew_after_an_outage_that_the_library_gives_up_at(hub, s
     assert losses(folder / "outage") == losses(folder / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "stall"])
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, num_processes, fault):

@@ -221,6 +221,7 @@ def test_step_scales_learning_rates_and_adds_koleo_of_each_global_crop(monkeypat
     assert state.signals.sums[0].item() == pytest.approx(loss.item(), rel=1e-6)  # what is logged is DINO's alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "lars"])
 def test_run_goes_on_from_a_checkpoint(recipe, parquet_folder, tmp_path, optimizer):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--optimizer", optimizer, "--koleo_weight", 0.1)

@@ -176,6 +176,7 @@ def test_crops_that_are_no_numbers_stop_all_processes_and_are_named(recipe, flat
     assert bad["process"] == processes - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("regional", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_run_ends_as_one_that_is_not(recipe, parquet_folder, tmp_path, processes, regional):  # noqa: F811

@@ -193,6 +193,7 @@ def test_slurm_script_asks_for_what_it_relies_on():
     assert {"requeue", "signal=B:USR1@120", "ntasks-per-node=8", "gpus-per-node=8", "open-mode=append"} <= set(options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_job_whose_time_is_up_writes_a_checkpoint_and_is_requeued_until_it_is_done(
     recipe,  # noqa: F811

@@ -97,6 +97,7 @@ def test_networks_that_are_cut_up_train_alike_in_other_settings(recipe, parquet_
     assert_near(tmp_path / "cut", tmp_path / "whole", noise)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cut_up_is_refused(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
     finished = scripted(CUT_UP, tmp_path, *argv, "--optimizer", "sgd", processes=2)

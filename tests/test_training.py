@@ -197,6 +197,7 @@ def test_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(recipe, pa
     assert rest == whole[1:]
 
 
+@pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_afterwards(recipe, parquet_folder, tmp_path):
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)
     trained(*argv)
@@ -288,6 +289,7 @@ def test_accumulated_batches_train_as_a_large_one(recipe, parquet_folder, tmp_pa
             torch.testing.assert_close(small[name], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_number_of_processes(recipe, parquet_folder, tmp_path):
     """At the same place of the epoch: with the same batch of all of them, as if nothing had happened."""
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")

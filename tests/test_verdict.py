@@ -168,6 +168,7 @@ def test_run_that_fails_is_told_once_and_goes_on(failure, recipe, parquet_folder
     assert f"Verdict of the metrics: {told[-1]}" in finished.stdout and "what has helped others: " in finished.stdout
 
 
+@pytest.mark.slow
 def test_stop_on_collapse_ends_the_run_and_leaves_its_checkpoints(recipe, parquet_folder, tmp_path):
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, *FAILURES[COLLAPSING])
     argv += ("--save_steps", "1", "--save_total_limit", "3", "--stop_on_collapse", "true")
