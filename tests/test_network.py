@@ -66,7 +66,7 @@ def test_stream_is_read_anew_after_an_outage_that_the_library_gives_up_at(hub, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "stall"])
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, num_processes, fault):
     flags, folder, environment = streamed
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")

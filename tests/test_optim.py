@@ -222,7 +222,7 @@ def test_step_scales_learning_rates_and_adds_koleo_of_each_global_crop(monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_run_goes_on_from_a_checkpoint(recipe, parquet_folder, tmp_path, optimizer):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--optimizer", optimizer, "--koleo_weight", 0.1)
     argv += ("--centering", "sinkhorn_knopp", "--layer_decay", 0.7, "--patch_embed_lr_multiplier", 0.2)

@@ -177,8 +177,8 @@ def test_crops_that_are_no_numbers_stop_all_processes_and_are_named(recipe, flat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("regional", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("regional", [False, True])
 def test_compiled_run_ends_as_one_that_is_not(recipe, parquet_folder, tmp_path, processes, regional):  # noqa: F811
     """By Accelerate's plugin; with the backend that traces as the others do but needs no compiler."""
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0")

@@ -194,7 +194,7 @@ def test_slurm_script_asks_for_what_it_relies_on():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_tasks", [1, 2])
 def test_job_whose_time_is_up_writes_a_checkpoint_and_is_requeued_until_it_is_done(
     recipe,  # noqa: F811
     parquet_folder,
