@@ -130,7 +130,16 @@ def test_nothing_is_touched(imagenet_run, recipe, parquet_folder, tmp_path, caps
 
 
 def test_several_processes_print_once(recipe, parquet_folder, tmp_path):  # noqa: F811
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+        "2",
+        "-m",
+    )
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
     printed = trained(*argv, "--gradient_accumulation_steps", 2, launcher=launcher)
     run = dict(section(printed, "Run"))

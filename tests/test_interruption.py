@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
 
 
-TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", "-m")
 
 
 def start(*argv, launcher=("-m",), **environment) -> subprocess.Popen:

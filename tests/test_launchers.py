@@ -11,7 +11,7 @@ from .test_interruption import TWO, assert_same_end
 from .test_training import RECIPE, command, losses, recipe, trained  # noqa: F401
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 
 FROM_PYTHON = """
 import yaml

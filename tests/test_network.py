@@ -69,7 +69,16 @@ def test_stream_is_read_anew_after_an_outage_that_the_library_gives_up_at(hub, s
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, num_processes, fault):
     flags, folder, environment = streamed
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+        "2",
+        "-m",
+    )
     options = environment | ({"launcher": launcher} if num_processes == 2 else {})
     trained(*flags("whole"), **options)
     hub.faults.extend(BEFORE * num_processes)

@@ -201,7 +201,16 @@ def test_verdict_goes_on_after_a_stop(recipe, parquet_folder, tmp_path):
 
 @pytest.mark.slow
 def test_stop_on_collapse_ends_all_processes(recipe, parquet_folder, tmp_path):
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+        "2",
+        "-m",
+    )
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, *FAILURES[COLLAPSING])
     finished = command(
         *argv, "--per_device_train_batch_size", "4", "--stop_on_collapse", "true", launcher=launcher

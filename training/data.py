@@ -125,7 +125,7 @@ def read_ahead(
     Raises:
         StreamTimeoutError: when one does not come within `timeout` seconds, or until `is_interrupted`.
     """
-    wanted, found, patience = SimpleQueue(), SimpleQueue(), 20
+    wanted, found, patience = SimpleQueue(), SimpleQueue(), 5
 
     def read() -> None:
         while wanted.get() and not stopped.is_set():
