@@ -19,7 +19,7 @@ from training.optim import parameter_groups
 from .hub import Hub
 from .test_bad_input import answer
 from .test_hub import client
-from .test_training import RECIPE, command, recipe, trained  # noqa: F401
+from .test_training import RECIPE, TWO, command, recipe, trained  # noqa: F401
 
 
 def section(printed: str, title: str) -> list[list[str]]:
@@ -130,18 +130,8 @@ def test_nothing_is_touched(imagenet_run, recipe, parquet_folder, tmp_path, caps
 
 
 def test_several_processes_print_once(recipe, parquet_folder, tmp_path):  # noqa: F811
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
-    printed = trained(*argv, "--gradient_accumulation_steps", 2, launcher=launcher)
+    printed = trained(*argv, "--gradient_accumulation_steps", 2, launcher=TWO)
     run = dict(section(printed, "Run"))
     assert run["global batch"] == "32 = 2 processes x 8 images x 2 accumulated"
     assert (run["steps per epoch"], run["steps in all"]) == ("1", "2")

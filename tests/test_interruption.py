@@ -16,10 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
-
-
-TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", "-m")
+from .test_training import TWO, command, losses, metrics, recipe, trained  # noqa: F401
 
 
 def start(*argv, launcher=("-m",), **environment) -> subprocess.Popen:

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from .hub import Hub
 from .test_hub import client
 from .test_interruption import has_done, start, wait_until
-from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
+from .test_training import TWO, command, losses, metrics, recipe, trained  # noqa: F401
 
 
 @pytest.fixture
@@ -69,17 +69,7 @@ def test_stream_is_read_anew_after_an_outage_that_the_library_gives_up_at(hub, s
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_network_that_stays_away_ends_the_run_with_a_checkpoint(hub, streamed, num_processes, fault):
     flags, folder, environment = streamed
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
-    options = environment | ({"launcher": launcher} if num_processes == 2 else {})
+    options = environment | ({"launcher": TWO} if num_processes == 2 else {})
     trained(*flags("whole"), **options)
     hub.faults.extend(BEFORE * num_processes)
     hub.last_fault = fault

@@ -18,6 +18,8 @@ from modeling_dino.convert_dino_checkpoint import convert
 from .original import FIXTURES
 
 
+# two processes, on a port that no other test has
+TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", "-m")
 RECIPE = {
     "model_config": "vit_tiny_patch16",
     "config_overrides": {
@@ -248,22 +250,12 @@ def test_stream_trains_and_resumes(recipe, parquet_folder, tmp_path):
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder, tmp_path):
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
     # paths are dropped by each process for itself
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     evaluation = ("--eval_split", "test", "--eval_steps", "5")
     trained(*argv, "--output_dir", tmp_path / "one", *evaluation)
     trained(
-        *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", launcher=launcher
+        *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", launcher=TWO
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for name in ("target_information", "feature_std", "effective_rank", "student_teacher_distance"):
@@ -282,17 +274,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_accumulated_batches_train_as_a_large_one(recipe, parquet_folder, tmp_path, num_processes):
     """Centre and teacher move once a step. Stopped on the way, as well."""
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
-    options = {"launcher": launcher} if num_processes == 2 else {}
+    options = {"launcher": TWO} if num_processes == 2 else {}
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     trained(*argv, "--output_dir", tmp_path / "large")
     argv += ("--per_device_train_batch_size", 8 // 4 // num_processes, "--num_workers", 1)
@@ -310,20 +292,10 @@ def test_accumulated_batches_train_as_a_large_one(recipe, parquet_folder, tmp_pa
 @pytest.mark.slow
 def test_run_goes_on_with_another_number_of_processes(recipe, parquet_folder, tmp_path):
     """At the same place of the epoch: with the same batch of all of them, as if nothing had happened."""
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     trained(*argv, "--output_dir", tmp_path / "one")
     two = ("--output_dir", tmp_path / "two")
-    trained(*argv, *two, "--per_device_train_batch_size", "4", launcher=launcher)
+    trained(*argv, *two, "--per_device_train_batch_size", "4", launcher=TWO)
     checkpoint = tmp_path / "two/checkpoints/step_0000003"
     finished = command(*argv, *two, "--resume_from_checkpoint", checkpoint)
     assert finished.returncode == 0, finished.stderr
@@ -355,22 +327,12 @@ def test_broken_images_are_counted_and_listed_and_too_many_stop_the_run(recipe, 
 def test_what_one_process_cannot_read_ends_all_of_them_after_a_checkpoint(recipe, flat_folder, tmp_path):
     """Each has one image a step, so a broken image leaves its process without a batch."""
     argv = ("--config", recipe, "--per_device_train_batch_size", "1", "--max_steps", "6", "--save_steps", "99")
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
     kept = 0
     for name in ("3.png", "8.png"):
         images, run = tmp_path / name / "images", tmp_path / name / "run"
         shutil.copytree(flat_folder, images)
         (images / name).write_bytes(b"")
-        finished = command(*argv, "--dataset_name", images, "--output_dir", run, launcher=launcher)
+        finished = command(*argv, "--dataset_name", images, "--output_dir", run, launcher=TWO)
         assert finished.returncode != 0
         messages = [line for line in finished.stderr.splitlines() if line.startswith("dino-train: error: ")]
         assert messages

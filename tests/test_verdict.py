@@ -14,7 +14,7 @@ from training.quickstart import write_digits
 from training.verdict import COLLAPSING, DIVERGING, FAILING, LEARNING, STUCK, TOO_EARLY, Judge
 
 from .original import FIXTURES
-from .test_training import RECIPE, command, metrics
+from .test_training import RECIPE, TWO, command, metrics
 
 
 RUNS = json.loads((FIXTURES / "verdicts.json").read_text())
@@ -201,19 +201,9 @@ def test_verdict_goes_on_after_a_stop(recipe, parquet_folder, tmp_path):
 
 @pytest.mark.slow
 def test_stop_on_collapse_ends_all_processes(recipe, parquet_folder, tmp_path):
-    launcher = (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-        "-m",
-    )
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, *FAILURES[COLLAPSING])
     finished = command(
-        *argv, "--per_device_train_batch_size", "4", "--stop_on_collapse", "true", launcher=launcher
+        *argv, "--per_device_train_batch_size", "4", "--stop_on_collapse", "true", launcher=TWO
     )  # fmt: skip
     assert finished.returncode != 0
     messages = [text for text in finished.stderr.splitlines() if text.startswith("dino-train: error: ")]

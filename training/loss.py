@@ -128,13 +128,17 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: if the rows are not a whole number of images.
         """
+        return self.cross_entropy(student_logits, self.teacher_probs(teacher_logits.detach(), teacher_temp), num_crops)
+
+    def cross_entropy(self, student_logits: torch.Tensor, targets: torch.Tensor, num_crops: int) -> torch.Tensor:
+        """The loss for `targets` that `teacher_probs` has given already; otherwise as `forward`."""
         batch_size, rest = divmod(len(student_logits), num_crops)
-        if rest or not batch_size or not len(teacher_logits) or len(teacher_logits) % batch_size:
+        if rest or not batch_size or not len(targets) or len(targets) % batch_size:
             raise ValueError(
                 f"student rows must be num_crops = {num_crops} times the batch, and teacher rows a multiple of the "
-                f"batch, got {len(student_logits)} and {len(teacher_logits)}"
+                f"batch, got {len(student_logits)} and {len(targets)}"
             )
-        targets = self.teacher_probs(teacher_logits.detach(), teacher_temp).unflatten(0, (-1, batch_size))
+        targets = targets.unflatten(0, (-1, batch_size))
         logits = student_logits.to(self.center.dtype).unflatten(0, (-1, batch_size)) / self.student_temp
         num_targets = len(targets)
 

@@ -104,14 +104,14 @@ def train_step(
         with nullcontext() if number == len(batches) else accelerator.no_sync(state.student_model):
             with torch.no_grad():
                 teacher_logits, teacher_features = state.teacher_model(crops[0]).to_tuple()
+                targets = dino_loss.teacher_probs(teacher_logits, now.teacher_temp)
             output = state.student_model(crops)
-            loss = dino_loss(output.logits, teacher_logits, now.teacher_temp, args.num_crops)
-            total = loss
+            total = loss = dino_loss.cross_entropy(output.logits, targets, args.num_crops)
             if args.koleo_weight:  # of each global crop by itself: its nearest neighbour would be the other one
                 total = loss + args.koleo_weight * sum(map(koleo_loss, output.pooler_output[: len(crops[0])].chunk(2)))
             accelerator.backward(total)  # over the number of batches
         losses.append(total.detach())
-        signals.add(loss.detach(), dino_loss.teacher_probs(teacher_logits, now.teacher_temp), teacher_features)
+        signals.add(loss.detach(), targets, teacher_features)
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     accelerator.unscale_gradients(optimizer)  # of fp16's scale
