@@ -27,6 +27,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_dino import DINOConfig, DINOModel  # which makes AutoModel know DINO
 from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_processor
 
+from .images import is_path
+
 
 # the models of transformers whose `pooler_output` comes from a layer that DINO does not have and nobody trained
 _WITH_UNTRAINED_POOLER = ("vit", "deit")
@@ -62,10 +64,10 @@ def load_model(
         dtype: Of the weights.
 
     Raises:
-        ValueError: if the checkpoint lacks weights of the model, other than a stock ViT's pooler, which nothing uses.
+        ValueError: a path that is no folder; a checkpoint that lacks weights of the model, other than a stock ViT's
+            pooler, which nothing uses.
     """
-    kind = next((kind for kind in _WITHOUT_WEIGHTS if name.startswith(kind)), "")
-    source = name.removeprefix(kind)
+    kind, source = _kind_and_source(name)
     if not kind:
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=dtype)
         missing = sorted(info["missing_keys"])
@@ -89,14 +91,24 @@ def load_model(
     return model, processor
 
 
+def _kind_and_source(name: str) -> tuple[str, str]:
+    """What stands before the name of a model, and the name."""
+    kind = next((kind for kind in _WITHOUT_WEIGHTS if name.startswith(kind)), "")
+    source = name.removeprefix(kind)
+    if is_path(source) and not Path(source).expanduser().is_dir():
+        raise ValueError(f"there is no folder {source} with a model")
+    return kind, str(Path(source).expanduser()) if is_path(source) else source
+
+
 def revision_of(name: str) -> str | None:
     """The commit of the Hub, or the hash of the weights' files in a folder; None of a network without weights."""
-    if name.startswith(_WITHOUT_WEIGHTS):
+    kind, source = _kind_and_source(name)
+    if kind:
         return None
-    if not Path(name).is_dir():
-        return AutoConfig.from_pretrained(name)._commit_hash
+    if not Path(source).is_dir():
+        return AutoConfig.from_pretrained(source)._commit_hash
     digest = hashlib.sha256()
-    for path in sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin")):
+    for path in sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".bin")):
         digest.update(path.read_bytes())
     return f"sha256:{digest.hexdigest()[:16]}"
 

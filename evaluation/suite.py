@@ -116,10 +116,11 @@ def is_at_hand(entry: Entry) -> bool:
 def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[dict, dict[str, str]]:
     """Reports by model and number of the entry, and what failed, with its reason; see the module."""
     reports, failures = {}, {}
+    revisions = {model: revision_of(model) for model in models}  # a mistyped name is told before hours of work
     for model in models:
         for number, entry in enumerate(entries):
             args = Namespace(**vars(entry.args) | {"model": model})
-            settings = {"flags": vars(args), "revision": revision_of(model)}
+            settings = {"flags": vars(args), "revision": revisions[model]}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
             path = folder / "reports" / f"{args.protocol}-{key}.json"
             if path.exists():
