@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 from modeling_dino.command_line import Parser, run
 
-from . import attention, features, knn
+from . import attention, copy_detection, features, knn, landmarks, retrieval
 from .report import Report, format_table, write_reports
 
 
@@ -16,6 +16,9 @@ from .report import Report, format_table, write_reports
 PROTOCOLS = {
     "features": features,
     "knn": knn,
+    "retrieval": retrieval,
+    "landmarks": landmarks,
+    "copy_detection": copy_detection,
     "attention": attention,
 }
 
