@@ -95,7 +95,7 @@ def embed(model: PreTrainedModel, images: Sequence[torch.Tensor], multiscale: bo
         by_size[image.shape].append(index)
     features = [None] * len(images)
     for indices in by_size.values():
-        pixel_values = torch.stack([images[index] for index in indices]).to(model.device, model.dtype)
+        pixel_values = torch.stack([images[index] for index in indices]).to(model.device)
         feature = 0
         for scale in SCALES if multiscale else SCALES[:1]:
             scaled = pixel_values if scale == 1 else F.interpolate(pixel_values, scale_factor=scale, mode="bilinear")
