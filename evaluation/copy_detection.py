@@ -9,6 +9,7 @@ import csv
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -205,7 +206,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def measure(args: Namespace) -> Report:
-    path, size = Path(args.dataset_name), args.image_size or IMAGE_SIZE
+    path, size = Path(args.dataset_name).expanduser(), args.image_size or IMAGE_SIZE
+    if not args.model or size < 1:
+        raise ValueError(f"give --model, and an image_size of at least 1, got {args.model} and {size}")
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}")
     copies = read_copydays(path) if path.is_dir() else read_pairs(path)
@@ -218,8 +221,7 @@ def measure(args: Namespace) -> Report:
             rows[name] = load_images(source, with_labels=False)
     model, image_processor = load_model(args.model, dtype=DTYPES[args.dtype])
 
-    def square(picture: PillowImage.Image) -> PillowImage.Image:
-        return picture.resize((size, size), PillowImage.Resampling.BICUBIC)
+    square = partial(PillowImage.Image.resize, size=(size, size), resample=PillowImage.Resampling.BICUBIC)
 
     def describe(images: list[torch.Tensor]) -> torch.Tensor:
         return copy_descriptor(tokens(model, torch.stack(images))[0])
@@ -238,7 +240,13 @@ def measure(args: Namespace) -> Report:
             warnings.warn(f"{num_shared} of the distractors are originals, and count as wrong where they are found")
         database = torch.cat([database, found["distractors"].features])
     if args.whitening:
-        whitening = fit_whitening(found["whitening"].features)
+        features = found["whitening"].features
+        if len(features) < features.shape[1]:
+            warnings.warn(
+                f"a whitening of {features.shape[1]} numbers wants more images than the {len(features)} of "
+                f"{args.whitening}: what they do not vary in is amplified most"
+            )
+        whitening = fit_whitening(features)
         queries, database = whitening(queries), whitening(database)
 
     positives = [originals for group in copies.queries.values() for _, originals in group]

@@ -8,6 +8,7 @@ import pickle
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def embed(model: PreTrainedModel, images: Sequence[torch.Tensor], multiscale: bo
     return torch.stack(features)
 
 
+def thumbnail(picture: PillowImage.Image, size: int) -> PillowImage.Image:
+    """The picture made to fit in a square of `size` where it does not, with its aspect."""
+    picture.thumbnail((size, size), PillowImage.Resampling.LANCZOS)
+    return picture
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads containers, numbers, text and numpy arrays, and knows no other name: a pickle may call what it names."""
 
@@ -198,7 +205,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def measure(args: Namespace) -> Report:
-    root, size = Path(args.dataset_name), args.image_size or IMAGE_SIZE
+    root, size = Path(args.dataset_name).expanduser(), args.image_size or IMAGE_SIZE
+    if not args.model or size < 1:
+        raise ValueError(f"give --model, and an image_size of at least 1, got {args.model} and {size}")
     paths = sorted(root.glob("gnd_*.pkl"))
     if len(paths) != 1:
         found = ", ".join(path.name for path in paths) or "none"
@@ -214,17 +223,14 @@ def measure(args: Namespace) -> Report:
     if isinstance(model, RawPixels):
         raise ValueError("images of different sizes have different numbers of pixels, which cannot be compared raw")
 
-    def thumbnail(picture: PillowImage.Image) -> PillowImage.Image:
-        picture.thumbnail((size, size), PillowImage.Resampling.LANCZOS)
-        return picture
-
-    def features_of(rows: list[dict], name: str):
-        return describe_images(
-            model, image_processor, rows, thumbnail, lambda images: embed(model, images, args.multiscale),
-            args.batch_size, args.num_workers, f"{args.model}, {name}",
-        )  # fmt: skip
-
-    query_images, database_images = features_of(queries, "queries"), features_of(database, "database")
+    describe = partial(embed, model, multiscale=args.multiscale)
+    query_images, database_images = (
+        describe_images(
+            model, image_processor, rows, partial(thumbnail, size=size), describe, args.batch_size, args.num_workers,
+            f"{args.model}, {name}",
+        )
+        for name, rows in (("queries", queries), ("database", database))
+    )  # fmt: skip
     scores = revisited_scores(query_images.features, database_images.features, benchmark["gnd"])
     data = {
         "name": paths[0].stem.removeprefix("gnd_"),

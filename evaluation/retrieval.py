@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.nn import functional as F
 
 from modeling_dino.command_line import Parser
@@ -149,11 +150,12 @@ def measure(args: Namespace) -> Report:
             f"{args.dataset_name} is in the layout of Revisited Oxford and Paris; use `dino-eval landmarks`"
         )
     database, queries = labelled_features(args)
+    features = database.features.to(PartialState().device)  # where whole rankings are sorted
     if queries is None:
-        scores = class_retrieval_scores(database.features, database.labels, k=args.k)
+        scores = class_retrieval_scores(features, database.labels, k=args.k)
         data = {"queries": database.data, "leave_one_out": True}
     else:
-        scores = class_retrieval_scores(queries.features, queries.labels, database.features, database.labels, k=args.k)
+        scores = class_retrieval_scores(queries.features, queries.labels, features, database.labels, k=args.k)
         data = {"queries": queries.data, "database": database.data}
     data["queries_without_positives"] = int(np.isnan(scores["mAP"]).sum())
     return make_report(args, database.model, data, in_percent(scores))
