@@ -201,12 +201,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--whitening", help="folder or data set of other images to learn a whitening from (the paper: 20k of YFCC100M)"
     )
+    parser.set_defaults(image_size=IMAGE_SIZE)
     add_extraction(parser)
     add_output(parser)
 
 
 def measure(args: Namespace) -> Report:
-    path, size = Path(args.dataset_name).expanduser(), args.image_size or IMAGE_SIZE
+    path, size = Path(args.dataset_name).expanduser(), args.image_size
     if not args.model or size < 1:
         raise ValueError(f"give --model, and an image_size of at least 1, got {args.model} and {size}")
     if not path.exists():

@@ -200,12 +200,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--query_boxes", action="store_true", help="cut queries to their boxes (the original does not)"
     )
+    parser.set_defaults(image_size=IMAGE_SIZE)
     add_extraction(parser)
     add_output(parser)
 
 
 def measure(args: Namespace) -> Report:
-    root, size = Path(args.dataset_name).expanduser(), args.image_size or IMAGE_SIZE
+    root, size = Path(args.dataset_name).expanduser(), args.image_size
     if not args.model or size < 1:
         raise ValueError(f"give --model, and an image_size of at least 1, got {args.model} and {size}")
     paths = sorted(root.glob("gnd_*.pkl"))
