@@ -3,18 +3,17 @@
 from modeling_dino.command_line import Parser
 
 
-def add_model(parser: Parser) -> None:
+def add_model(
+    parser: Parser,
+    image_size: str = "side of the images, by the paper's transform (default: the model's own image processor)",
+) -> None:
     parser.add_argument(
         "--model",
         nargs="+",
         help="Hub ids or folders of models with their image processors, of transformers, timm or ours; untrained:M is "
         "the network of M with random weights, raw_pixels:M no network at all",
     )
-    parser.add_argument(
-        "--image_size",
-        type=int,
-        help="side of the images, by the paper's transform (default: the model's own image processor)",
-    )
+    parser.add_argument("--image_size", type=int, help=image_size)
 
 
 def add_dataset(parser: Parser) -> None:

@@ -8,13 +8,16 @@ from argparse import Namespace
 
 from modeling_dino.command_line import Parser
 
-from . import attention, features, knn
+from . import attention, copy_detection, features, knn, landmarks, retrieval
 from .report import Report
 
 
 PROTOCOLS = {
     "features": features,
     "knn": knn,
+    "retrieval": retrieval,
+    "landmarks": landmarks,
+    "copy_detection": copy_detection,
     "attention": attention,
 }
 

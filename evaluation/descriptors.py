@@ -1,0 +1,116 @@
+"""Descriptors of images that a protocol resizes by its own rule, in order, whatever the number of processes."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image as PillowImage
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .images import decode_image
+from .models import mean_and_std, num_channels
+from .processes import of_all_processes
+
+
+@dataclass
+class Descriptors:
+    """features: (images, hidden) in fp32 on the CPU. hashes: (images,) in int64, equal for images of equal pixels."""
+
+    features: torch.Tensor
+    hashes: np.ndarray
+
+    @property
+    def content(self) -> dict:
+        """Number and hash of the images, whatever their order, for a report."""
+        digest = hashlib.sha256(np.sort(self.hashes).tobytes()).hexdigest()[:16]
+        return {"num_images": len(self.hashes), "revision": f"sha256:{digest}"}
+
+
+def image_rows(paths: Sequence[Path]) -> list[dict]:
+    """Rows of `describe_images` for image files.
+
+    Raises:
+        ValueError: files that are missing.
+    """
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(paths)} images are missing, such as {missing[0]}")
+    return [{"image": {"path": str(path), "bytes": None}} for path in paths]
+
+
+class _Collator:
+    def __init__(self, resize: Callable, image_processor, num_channels: int):
+        self.resize, self.num_channels = resize, num_channels
+        self.mean, self.std = mean_and_std(image_processor, num_channels)
+
+    def __call__(self, rows: list[dict]) -> tuple[list[torch.Tensor], list[int], list[str]]:
+        images, hashes, names = [], [], []
+        for row in rows:
+            pixels = decode_image(row["image"], self.num_channels)
+            digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
+            picture = PillowImage.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            picture = self.resize(picture.crop(row["box"]) if "box" in row else picture)
+            images.append((to_tensor(picture) - self.mean) / self.std)
+            hashes.append(int.from_bytes(digest, "little", signed=True))
+            names.append(row["image"]["path"] if isinstance(row["image"], dict) else "without a file name")
+        return images, hashes, names
+
+
+@torch.no_grad()
+def describe_images(
+    model: PreTrainedModel,
+    image_processor,
+    rows: Sequence[dict],
+    resize: Callable[[PillowImage.Image], PillowImage.Image],
+    describe: Callable[[list[torch.Tensor]], torch.Tensor],
+    batch_size: int,
+    num_workers: int,
+    description: str,
+) -> Descriptors:
+    """Descriptors in the rows' order, on all processes; each row is computed by one.
+
+    Args:
+        model: Says how many channels images have.
+        image_processor: Says what to normalise by.
+        rows: Each with `image`, as of `load_images`, and, perhaps, `box`: left, top, right and bottom of the part to
+            see, in pixels. A list, or a data set that is no stream.
+        resize: Applied to each image.
+        describe: Normalised images (channels, height, width) -> (images, hidden).
+        batch_size: Images that `describe` gets at once.
+        num_workers: Worker processes that decode.
+        description: What it is, for the progress bar and errors.
+
+    Raises:
+        ValueError: no images, a broken one, a descriptor that is not finite.
+    """
+    state = PartialState()
+    collate = _Collator(resize, image_processor, num_channels(model.config))
+
+    def share() -> tuple[torch.Tensor, list[int]]:
+        mine = np.array_split(np.arange(len(rows)), state.num_processes)[state.process_index].tolist()
+        loader = DataLoader(Subset(rows, mine), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+        features, hashes = [], []
+        # on a terminal alone
+        for images, batch_hashes, names in tqdm(
+            loader, description, leave=False, disable=None if state.is_main_process else True
+        ):
+            batch = describe(images).float().cpu()
+            for name, is_finite in zip(names, batch.isfinite().all(1).tolist()):
+                if not is_finite:
+                    raise ValueError(f"{description}: the model's features of image {name} are not finite")
+            features.append(batch)
+            hashes += batch_hashes
+        return torch.cat(features) if features else torch.empty(0, 0), hashes
+
+    if not len(rows):
+        raise ValueError(f"there are no images to compute {description} of")
+    parts = [part for part in of_all_processes(share, description) if len(part[1])]
+    features, hashes = zip(*parts)
+    return Descriptors(torch.cat(features), np.array([number for part in hashes for number in part], dtype=np.int64))
