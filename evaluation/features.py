@@ -1,73 +1,83 @@
-"""A model and images -> features and labels, each image exactly once whatever the number of processes."""
+"""A model and images -> features, each image exactly once whatever the number of processes; kept on disk if wanted.
 
+Kept features lie in parts of as many images each. A part that is written is never computed again, so that extraction
+goes on where it was stopped, with any number of processes.
+"""
+
+import hashlib
+import json
 import math
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from modeling_dino.command_line import one_line
-from modeling_dino.image_processing_dino import PILLOW_MODES
+from modeling_dino.command_line import Parser
 
-from .images import decode_image
+from .arguments import add_dataset, add_extraction, add_model
+from .images import decode_image, load_images, split_names
+from .models import describe_model, load_model, num_channels, pooled, run_model, to_pixel_values
+from .processes import of_all_processes
 
 
-# the models of transformers whose `pooler_output` comes from a layer that DINO does not have and nobody trained
-_WITH_UNTRAINED_POOLER = ("vit", "deit")
+PART_SIZE = 4096  # images in a file of kept features
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Features:
+    """Features of a split, and where they come from.
+
+    Args:
+        features: (images, hidden) in fp32 on the CPU.
+        labels: (images,), of any kind that numpy can sort; None for images without.
+        hashes: (images,) in int64, equal for images of equal pixels.
+        class_names: Of the labels, where the data set has them.
+        model: What `describe_model` says.
+        data: Name, configuration and split of the data set, number and hash of all images.
+    """
+
+    features: torch.Tensor
+    labels: np.ndarray
+    hashes: np.ndarray
+    class_names: list[str] | None = None
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.features)
 
 
 class ImageCollator:
-    """Rows of `load_images` -> a batch of pixel values, as the image processor makes them, and the labels."""
+    """Rows of `load_images` -> pixel values, as the image processor makes them, labels, hashes and file names."""
 
     def __init__(self, image_processor, num_channels: int):
         self.image_processor = image_processor
         self.num_channels = num_channels
 
-    def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, list]:
+    def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, list, list[int], list[str | None]]:
         images = [decode_image(row["image"], self.num_channels) for row in rows]
-        inputs = self.image_processor(images, return_tensors="pt", input_data_format="channels_first")
-        return inputs["pixel_values"], [row.get("label") for row in rows]
+        hashes = [
+            int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little", signed=True)
+            for image in images
+        ]
+        names = [row["image"]["path"] if isinstance(row["image"], dict) else None for row in rows]
+        return to_pixel_values(self.image_processor, images), [row.get("label") for row in rows], hashes, names
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, object]:
-    """A backbone and its image processor, by Hub id or folder, in evaluation mode on this process's device.
-
-    The processor is the Pillow one, to the pixel what torchvision's transforms on PIL images are, where Pillow knows
-    the number of channels.
-
-    Raises:
-        ValueError: if the checkpoint lacks weights of the model, other than a stock ViT's pooler, which nothing uses.
-    """
-    model, info = AutoModel.from_pretrained(name, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if model.config.model_type in _WITH_UNTRAINED_POOLER:
-        missing = [key for key in missing if not key.startswith("pooler.")]
-    if missing:
-        raise ValueError(f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
-    model.eval().to(PartialState().device)
-    backend = "pil" if num_channels(model.config) in PILLOW_MODES else "torchvision"
-    return model, AutoImageProcessor.from_pretrained(name, backend=backend)
-
-
-def pooled(model: PreTrainedModel, output) -> torch.Tensor:
-    """The image's feature in a backbone's output: CLS after the final norm, or the pooled map of a network without."""
-    if model.config.model_type in _WITH_UNTRAINED_POOLER or output.get("pooler_output") is None:
-        return output.last_hidden_state[:, 0]
-    return output.pooler_output.flatten(1)
-
-
-def num_channels(config: PreTrainedConfig) -> int:
-    """Channels of the images that a network takes."""
-    return (config.model_args or {}).get("in_chans", 3) if config.model_type == "timm_wrapper" else config.num_channels
-
-
-@torch.no_grad()
 def extract_features(
     model: PreTrainedModel,
     dataset: Dataset | IterableDataset,
@@ -75,8 +85,8 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "features",
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Features of all images of a data set of `load_images`, in evaluation mode and fp32.
+) -> Features:
+    """Features of all images of a data set of `load_images`, in evaluation mode.
 
     Args:
         model: A backbone; the mode of each of its modules is put back afterwards.
@@ -87,59 +97,316 @@ def extract_features(
         description: Text of the progress bar.
 
     Returns:
-        Features (images, hidden) in fp32 on the CPU and labels (images,), the same on all processes. Their order is
-        the data set's with one process; with several, each process's share follows the one before.
+        The same on all processes. Their order is the data set's with one process, and with several where it is not a
+        stream; of a stream, each process's share follows the one before.
 
     Raises:
-        ValueError: on all processes, no images; or what else one of them fails with, which the others call a
-            ValueError.
+        ValueError: on all processes, no images, or features that are not finite (names the image); or what else one
+            of them fails with, which the others call a ValueError.
     """
     state = PartialState()
-    try:
-        share, failure = (
-            _extract_share(model, dataset, image_processor, batch_size, num_workers, description, state),
-            None,
-        )
-    except Exception as error:
-        share, failure = None, error
-    # the others wait for this one's share, and so are told that there is none
-    shares = [(share, failure and one_line(failure))]
-    shares = gather_object(shares) if state.num_processes > 1 else shares
-    if failure is not None:
-        raise failure
-    for process, (_, reason) in enumerate(shares):
-        if reason is not None:
-            raise ValueError(f"process {process} did not get {description}: {reason}")
-    features, labels = zip(*(share for share, _ in shares))
-    if not any(map(len, features)):
+
+    def share() -> Features:
+        part = dataset
+        if state.num_processes > 1:
+            part = split_dataset_by_node(dataset, state.process_index, state.num_processes)
+        return _extract_share(model, part, image_processor, batch_size, num_workers, description)
+
+    features = _join(of_all_processes(share, description))
+    if not len(features):
         raise ValueError(f"there are no images to compute {description} of")
-    return torch.cat([part for part in features if len(part)]), np.array([label for part in labels for label in part])
+    features.class_names = _class_names(dataset)
+    return features
 
 
+def _join(parts: list[Features]) -> Features:
+    parts = [part for part in parts if len(part)] or parts[:1]
+    return Features(
+        torch.cat([part.features for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.hashes for part in parts]),
+    )
+
+
+def _class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
+    labels = dataset.features.get("label")
+    return labels.names if isinstance(labels, ClassLabel) else None
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each module in the mode that it had."""
+    training = {module for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.training = module in training
+
+
+@torch.no_grad()
 def _extract_share(
     model: PreTrainedModel, dataset: Dataset | IterableDataset, image_processor, batch_size: int, num_workers: int,
-    description: str, state: PartialState,
-) -> tuple[torch.Tensor, list]:  # fmt: skip
-    """This process's part of `extract_features`."""
-    if state.num_processes > 1:
-        dataset = split_dataset_by_node(dataset, state.process_index, state.num_processes)
+    description: str,
+) -> Features:  # fmt: skip
+    """`extract_features` of what one process gets."""
     collate = ImageCollator(image_processor, num_channels(model.config))
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = DataLoader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
     )
     num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    features, labels = [], []
+    features, labels, hashes = [], [], []
     # on a terminal alone
-    bar = tqdm(loader, description, num_batches, leave=False, disable=None if state.is_main_process else True)
-    try:
-        for pixel_values, batch_labels in bar:
-            output = model(pixel_values.to(model.device, model.dtype, non_blocking=True))
-            features.append(pooled(model, output).float().cpu())
+    disable = None if PartialState().is_main_process else True
+    with evaluating(model):
+        for pixel_values, batch_labels, batch_hashes, names in tqdm(
+            loader, description, num_batches, leave=False, disable=disable
+        ):
+            rows = pooled(model, run_model(model, pixel_values)).float().cpu()
+            is_finite = rows.isfinite().all(1)
+            if not is_finite.all():
+                row = int((~is_finite).nonzero()[0])
+                name = names[row] or f"number {len(labels) + row} (from 0) of this process's share"
+                raise ValueError(f"{description}: the model's features of image {name} are not finite")
+            features.append(rows)
             labels.extend(batch_labels)
-    finally:
-        for module in model.modules():
-            module.training = module in training
-    return torch.cat(features) if features else torch.empty(0, 0), labels
+            hashes.extend(batch_hashes)
+    return Features(
+        torch.cat(features) if features else torch.empty(0, 0), np.array(labels), np.array(hashes, dtype=np.int64)
+    )
+
+
+def keep_features(
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    dataset: Dataset | IterableDataset,
+    image_processor,
+    data: dict,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Features:
+    """`extract_features` with `folder` to keep them in: what is there already is not computed again.
+
+    Every process computes parts of its own, in the order of the data set, streams too; a file that is there is whole.
+    Features are kept in the model's dtype.
+
+    Args:
+        folder: `part-00000.safetensors` and on (features, hashes, and labels as JSON in the metadata) and
+            `manifest.json`, whose `num_images` is there when all are.
+        name: The model's, for the manifest.
+        data: What is known of the data set beforehand, for the manifest.
+        Others: see `extract_features`.
+
+    Raises:
+        ValueError: features of another model, data set, image processor or dtype in `folder`.
+    """
+    state = PartialState()
+    manifest = {
+        "model": describe_model(model, name),
+        "data": data,
+        "image_processor": json.loads(json.dumps(image_processor.to_dict(), default=str)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "class_names": _class_names(dataset),
+        "part_size": PART_SIZE,
+        "num_images": None,
+    }
+    path = folder / "manifest.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        for key in manifest.keys() - {"num_images", "class_names"}:
+            if kept[key] != manifest[key]:
+                raise ValueError(
+                    f"{folder} has features of another {key} ({_short(kept[key])}, not {_short(manifest[key])}); "
+                    "choose another folder"
+                )
+        if kept["num_images"] is not None:
+            return read_features(folder)
+    state.wait_for_everyone()  # all have looked before the first one writes
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(manifest, indent=2))
+    state.wait_for_everyone()
+
+    num_parts = math.ceil(len(dataset) / PART_SIZE) if isinstance(dataset, Dataset) else None
+
+    def share() -> int:
+        """Computes this process's parts; returns the number of images in them."""
+        number, part = 0, state.process_index
+        while num_parts is None or part < num_parts:
+            file = folder / f"part-{part:05d}.safetensors"
+            if not file.exists():
+                start = part * PART_SIZE
+                if isinstance(dataset, Dataset):
+                    rows = dataset.select(range(start, min(start + PART_SIZE, len(dataset))))
+                else:
+                    rows = dataset.skip(start).take(PART_SIZE)
+                description = f"{data['split']}, part {part + 1}" + (f" of {num_parts}" if num_parts else "")
+                computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description)
+                if not len(computed):
+                    break
+                temporary = file.with_suffix(".incomplete")
+                save_file(
+                    {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)},
+                    temporary,
+                    {"labels": json.dumps(computed.labels.tolist())},
+                )
+                temporary.replace(file)
+            with safe_open(file, "pt") as opened:
+                in_file = opened.get_slice("hashes").get_shape()[0]
+            number += in_file
+            if in_file < PART_SIZE:
+                break
+            part += state.num_processes
+        return number
+
+    manifest["num_images"] = sum(of_all_processes(share, f"features of {data['split']}"))
+    if not manifest["num_images"]:
+        raise ValueError(f"there are no images to compute features of in {data['name']}, split {data['split']}")
+    if state.is_main_process:
+        _write(path, json.dumps(manifest, indent=2))
+    state.wait_for_everyone()
+    return read_features(folder)
+
+
+def _short(value) -> str:
+    text = value.get("name", "other settings") if isinstance(value, dict) else str(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def read_features(folder: Path) -> Features:
+    """What `keep_features` has written.
+
+    Raises:
+        ValueError: if there is nothing, or not all of it yet.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise ValueError(f"there are no features in {folder}; `dino-eval features` makes them")
+    manifest = json.loads(path.read_text())
+    if manifest["num_images"] is None:
+        raise ValueError(f"the features in {folder} are not complete; run the command that made them again")
+    parts = []
+    for part in range(math.ceil(manifest["num_images"] / manifest["part_size"])):
+        with safe_open(folder / f"part-{part:05d}.safetensors", "pt") as opened:
+            labels = np.array(json.loads(opened.metadata()["labels"]))
+            parts.append(Features(opened.get_tensor("features").float(), labels, opened.get_tensor("hashes").numpy()))
+    features = _join(parts)
+    features.class_names, features.model, features.data = (
+        manifest["class_names"],
+        manifest["model"],
+        manifest["data"] | _content(features),
+    )
+    return features
+
+
+def _content(features: Features) -> dict:
+    """Number and hash of the images, whatever their order or the files that they lie in."""
+    digest = hashlib.sha256(np.sort(features.hashes).tobytes()).hexdigest()[:16]
+    return {"num_images": len(features), "revision": f"sha256:{digest}"}
+
+
+def features_of(args: Namespace, split: str) -> Features:
+    """Features of a split by a command's arguments: read from `--features`, or computed now, and then kept there.
+
+    Raises:
+        ValueError: neither features nor a model and a data set.
+    """
+    if args.features and not args.model:
+        return read_features(Path(args.features) / split)
+    if not args.model or not args.dataset_name:
+        raise ValueError(
+            "give --model and --dataset_name, or --features, a folder that `dino-eval features` has filled"
+        )
+    model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
+    dataset = load_images(
+        args.dataset_name, args.dataset_config_name, split, args.image_column, args.label_column, args.streaming
+    )
+    data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split}
+    if args.features:
+        folder = Path(args.features) / split
+        return keep_features(
+            folder, args.model, model, dataset, image_processor, data, args.batch_size, args.num_workers
+        )
+    features = extract_features(
+        model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}"
+    )
+    features.model = describe_model(model, args.model)
+    features.data = data | _content(features)
+    return features
+
+
+def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
+    """Features of the training and the test split, with a label for every image.
+
+    The second is None where there is no other split, or where `--train_split` and `--eval_split` are the same: each
+    image is then measured by all others. Images that are in both splits are warned of.
+
+    Raises:
+        ValueError: see `features_of`; images without labels, or one class only.
+    """
+    eval_split = find_eval_split(args)
+    train = features_of(args, args.train_split)
+    test = features_of(args, eval_split) if eval_split != args.train_split else None
+    for part in (train,) if test is None else (train, test):
+        name = f"split {part.data['split']} of {part.data['name']}"
+        if any(label is None for label in part.labels):
+            raise ValueError(f"{name} has no labels, or not of every image; name their column by --label_column")
+    if len(np.unique(train.labels)) < 2:
+        raise ValueError(
+            f"split {train.data['split']} of {train.data['name']} has images of one class only, {train.labels[0]}"
+        )
+    if test is not None:
+        num_shared = int(np.isin(test.hashes, train.hashes).sum())
+        if num_shared:
+            warnings.warn(
+                f"{num_shared} of the {len(test)} images of {test.data['split']} are in {train.data['split']}, too: "
+                "what is measured on them says little"
+            )
+    return train, test
+
+
+def find_eval_split(args: Namespace) -> str:
+    """--eval_split or, without it, `test`, else `validation`, else the training split itself, if there is no other.
+
+    Raises:
+        ValueError: other splits alone.
+    """
+    if args.eval_split:
+        return args.eval_split
+    if args.features and not args.model:
+        names = sorted(path.parent.name for path in Path(args.features).glob("*/manifest.json"))
+    else:
+        names = split_names(args.dataset_name, args.dataset_config_name, args.streaming)
+    for name in ("test", "validation"):
+        if name in names:
+            return name
+    if names == [args.train_split]:
+        return args.train_split
+    raise ValueError(f"choose the split to evaluate on by --eval_split; there are {', '.join(names) or 'none'}")
+
+
+def add_arguments(parser: Parser) -> None:
+    add_model(parser)
+    add_dataset(parser)
+    add_extraction(parser)
+    parser.add_argument("--splits", nargs="+", default=["train", "test"], help="splits (default: train test)")
+
+
+def measure(args: Namespace) -> None:
+    """The command `features`: fills --features."""
+    if not args.features:
+        raise ValueError("give --features, the folder to write")
+    for split in args.splits:
+        features = features_of(args, split)
+        if PartialState().is_main_process:
+            shape = " x ".join(map(str, features.features.shape))
+            print(f"wrote {shape} features of {split} to {Path(args.features) / split}")

@@ -101,6 +101,11 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
         raise ValueError(f"no data files in {dataset_name}: {error}") from error
 
 
+def split_names(dataset_name: str, config_name: str | None = None, streaming: bool = False) -> list[str]:
+    """The splits that a data set has, by the arguments of `load_images`."""
+    return list(_load(dataset_name, config_name, streaming))
+
+
 def _find_image_column(features: Features, image_column: str | None) -> str:
     columns = ", ".join(features)
     if image_column is not None:

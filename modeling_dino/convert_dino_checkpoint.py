@@ -492,9 +492,9 @@ def convert(
         return path
     processor = read_source.image_processor
     if processor is None and read_source.config.num_channels == 3:
-        processor = make_image_processor(read_source.config)
+        processor = make_image_processor(read_source.config.image_size, read_source.config.num_channels)
     elif processor is None:  # whose mean nobody knows
-        processor = make_image_processor(read_source.config, [0.5], [0.5])
+        processor = make_image_processor(read_source.config.image_size, read_source.config.num_channels, [0.5], [0.5])
         print("the image processor has mean and std 0.5: set those that the network was trained with")
     for name, model in models.items():
         folder = path if name == "backbone" else path / name

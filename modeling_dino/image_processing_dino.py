@@ -6,14 +6,13 @@ from PIL.Image import Resampling
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .configuration_dino import DINOConfig
-
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
 def make_image_processor(
-    config: DINOConfig,
+    image_size: int,
+    num_channels: int = 3,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
     crop_pct: float = 0.875,
@@ -24,21 +23,21 @@ def make_image_processor(
     PIL images, where Pillow knows the number of channels.
 
     Args:
-        config: Image size and number of channels.
+        image_size: Side of the crop.
+        num_channels: Channels that the network takes.
         image_mean: Mean of each channel, of 1; one value serves all.
         image_std: Standard deviation of each channel, of 1; one value serves all.
         crop_pct: Side of the crop over the resized image's shorter side.
     """
-    size, num_channels = config.image_size, config.num_channels
     processor_class = ViTImageProcessorPil if num_channels in PILLOW_MODES else ViTImageProcessor
     mean, std = (
         list(values) * num_channels if len(values) == 1 else list(values) for values in (image_mean, image_std)
     )
     return processor_class(
-        size={"shortest_edge": round(size / crop_pct)},
+        size={"shortest_edge": round(image_size / crop_pct)},
         resample=Resampling.BICUBIC,
         do_center_crop=True,
-        crop_size={"height": size, "width": size},
+        crop_size={"height": image_size, "width": image_size},
         image_mean=mean,
         image_std=std,
         do_convert_rgb=num_channels == 3,

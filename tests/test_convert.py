@@ -171,7 +171,7 @@ def test_vit_keeps_its_activation_its_epsilon_and_its_image_processor(tmp_path):
     config = tiny_config(hidden_act="relu", layer_norm_eps=1e-3)
     torch.manual_seed(0)
     DINOModel(config).save_pretrained(tmp_path / "ours")
-    make_image_processor(config, [0.3], [0.4]).save_pretrained(tmp_path / "ours")
+    make_image_processor(config.image_size, config.num_channels, [0.3], [0.4]).save_pretrained(tmp_path / "ours")
     convert(str(tmp_path / "ours"), str(tmp_path / "vit"), to="vit")
     convert(str(tmp_path / "vit"), str(tmp_path / "again"))
     again = DINOConfig.from_pretrained(tmp_path / "again")

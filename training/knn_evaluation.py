@@ -42,9 +42,9 @@ class KNNEvaluation:
             self.splits.append(dataset)
 
     def __call__(self, backbone) -> dict[str, float]:
-        features_and_labels = []
+        banks = []
         for dataset, description in zip(self.splits, ("k-NN bank", "k-NN test")):
-            features_and_labels += extract_features(
+            bank = extract_features(
                 backbone,
                 dataset,
                 self.image_processor,
@@ -52,12 +52,13 @@ class KNNEvaluation:
                 self.args.num_workers if isinstance(dataset, Dataset) else 0,
                 description,
             )
+            banks += bank.features, bank.labels
         labels = self.splits[0].features["label"]
-        num_classes = len(set(features_and_labels[1].tolist()))
+        num_classes = len(set(banks[1].tolist()))
         if isinstance(labels, ClassLabel) and num_classes < labels.num_classes:
             warnings.warn(
                 f"the k-NN bank has images of {num_classes} of the {labels.num_classes} classes: raise "
                 "--max_eval_samples, or do without --streaming"
             )
-        k = [k for k in (10, 20, 100, 200) if k <= len(features_and_labels[0])] or [1]
-        return knn_accuracy(*features_and_labels, k=k)
+        k = [k for k in (10, 20, 100, 200) if k <= len(banks[0])] or [1]
+        return knn_accuracy(*banks, k=k)

@@ -205,7 +205,9 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         check_hub_settings(args.hub_model_id)
     hub_datasets = [name for name in (args.dataset_name, *args.mix_with) if not is_path(name)]
     config = load_config(args)
-    image_processor = make_image_processor(config, args.image_mean, args.image_std, args.eval_crop_pct)
+    image_processor = make_image_processor(
+        config.image_size, config.num_channels, args.image_mean, args.image_std, args.eval_crop_pct
+    )
     num_accumulated = accelerator.gradient_accumulation_steps
     data_args = without_downloads(args) if args.dry_run else args
     loader = CropLoader(data_args, config.num_channels, num_accumulated)

@@ -1,0 +1,51 @@
+"""The flags that protocols share."""
+
+from modeling_dino.command_line import Parser
+
+
+def add_model(parser: Parser) -> None:
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        help="Hub ids or folders of models with their image processors, of transformers, timm or ours; untrained:M is "
+        "the network of M with random weights, raw_pixels:M no network at all",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        help="side of the images, by the paper's transform (default: the model's own image processor)",
+    )
+
+
+def add_dataset(parser: Parser) -> None:
+    parser.add_argument("--dataset_name", help="Hub id, or path of a folder, parquet, Arrow or tar file")
+    parser.add_argument("--dataset_config_name", help="configuration of a data set that has several")
+    parser.add_argument("--train_split", default="train", help="split to learn from (default: %(default)s)")
+    parser.add_argument(
+        "--eval_split",
+        help="split to evaluate on (default: test, else validation; if there is only one split, each of its images by "
+        "the others, where a protocol can)",
+    )
+    parser.add_argument("--image_column", help="column of the images (default: the only one there is)")
+    parser.add_argument("--label_column", help="column of the labels (default: the class column, or `label`)")
+    parser.add_argument("--streaming", action="store_true", help="read the data without preparing it first")
+    parser.add_argument(
+        "--features",
+        metavar="DIR",
+        help="folder to keep features in: read if they are there, else written; without --model, read alone",
+    )
+
+
+def add_extraction(parser: Parser) -> None:
+    parser.add_argument("--batch_size", type=int, default=128, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the network and of kept features (default: %(default)s)",
+    )
+
+
+def add_output(parser: Parser) -> None:
+    parser.add_argument("--output", help="JSON file for the results, a list with an entry for each model")

@@ -1,0 +1,215 @@
+"""Any vision model of transformers or timm, and what its outputs mean: pooled features, patches, blocks.
+
+Beside Hub ids and folders, `untrained:M` is the network of M with random weights and `raw_pixels:M` no network at all,
+but what the image processor of M makes of an image: what a comparison starts from.
+"""
+
+import hashlib
+import inspect
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperImageProcessor,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_dino import DINOConfig, DINOModel  # which makes AutoModel know DINO
+from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_processor
+
+
+# the models of transformers whose `pooler_output` comes from a layer that DINO does not have and nobody trained
+_WITH_UNTRAINED_POOLER = ("vit", "deit")
+
+
+class RawPixels(torch.nn.Module):
+    """No network at all, in the shape of one: what the pixels alone are worth."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.config = DINOConfig(num_channels=num_channels)
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=pixel_values)
+
+
+@lru_cache(maxsize=1)  # a protocol asks for it again with every split
+def load_model(
+    name: str, image_size: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel | RawPixels, object]:
+    """A backbone and its image processor in evaluation mode on this process's device.
+
+    The processor is the Pillow one, to the pixel what torchvision's transforms on PIL images are, where Pillow knows
+    the number of channels.
+
+    Args:
+        name: Hub id or folder; `untrained:` or `raw_pixels:` may stand before it.
+        image_size: Side of the images that the processor makes, by the paper's transform (shorter side to 8/7 of it,
+            bicubic, centre crop). Default: whatever the model's own processor does.
+        dtype: Of the weights.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights of the model, other than a stock ViT's pooler, which nothing uses.
+    """
+    kind, colon, source = name.partition(":")
+    if not colon or kind not in ("untrained", "raw_pixels"):
+        kind, source = "", name
+    if kind == "":
+        model, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=dtype)
+        missing = sorted(info["missing_keys"])
+        if model.config.model_type in _WITH_UNTRAINED_POOLER:
+            missing = [key for key in missing if not key.startswith("pooler.")]
+        if missing:
+            raise ValueError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    else:
+        config = AutoConfig.from_pretrained(source)
+        set_seed(0)
+        model = RawPixels(num_channels(config)) if kind == "raw_pixels" else AutoModel.from_config(config, dtype=dtype)
+    model.eval().to(PartialState().device)
+    channels = num_channels(model.config)
+    backend = "pil" if channels in PILLOW_MODES else "torchvision"
+    processor = AutoImageProcessor.from_pretrained(source, backend=backend)
+    if image_size is not None:
+        mean, std = (values.flatten().tolist() for values in mean_and_std(processor, channels))
+        processor = make_image_processor(image_size, channels, mean, std)
+    return model, processor
+
+
+def describe_model(model: PreTrainedModel | RawPixels, name: str) -> dict:
+    """What a report says of a model: its name, the commit of the Hub or the hash of the weights' files, its size."""
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision is None and Path(name).is_dir():
+        digest = hashlib.sha256()
+        for path in sorted(Path(name).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        revision = f"sha256:{digest.hexdigest()[:16]}"
+    return {
+        "name": name,
+        "revision": revision,
+        "class": type(model).__name__,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def num_channels(config: PreTrainedConfig) -> int:
+    """Channels of the images that a network takes."""
+    return (config.model_args or {}).get("in_chans", 3) if config.model_type == "timm_wrapper" else config.num_channels
+
+
+def mean_and_std(image_processor, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an image processor normalises by, each (channels, 1, 1), for pixels in [0, 1]."""
+    if isinstance(image_processor, TimmWrapperImageProcessor):
+        values = image_processor.data_config["mean"], image_processor.data_config["std"]
+    elif image_processor.do_normalize:
+        values = image_processor.image_mean, image_processor.image_std
+    else:
+        values = [0.0], [1.0]
+    return tuple(torch.as_tensor(value).float().view(-1, 1, 1).expand(num_channels, 1, 1) for value in values)
+
+
+def to_pixel_values(image_processor, images: list[np.ndarray]) -> torch.Tensor:
+    """Images (channels, height, width) of uint8 -> a batch, as the image processor makes it."""
+    if isinstance(image_processor, TimmWrapperImageProcessor):
+        images = [image.transpose(1, 2, 0).squeeze() for image in images]
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+    return image_processor(images, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+
+
+def run_model(model: PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
+    """The output of a forward pass, at any size of image for which a network can place its position embeddings."""
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = True
+    return model(pixel_values.to(model.device, model.dtype, non_blocking=True), **kwargs)
+
+
+def pooled(model: PreTrainedModel, output) -> torch.Tensor:
+    """The image's feature in a backbone's output: CLS after the final norm, or the pooled map of a network without."""
+    if model.config.model_type in _WITH_UNTRAINED_POOLER or output.get("pooler_output") is None:
+        return output.last_hidden_state[:, 0]
+    return output.pooler_output.flatten(1)
+
+
+def network_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The library's network inside one of ours that wraps it."""
+    return model.backbone if model.config.model_type == "dino" and model.config.backbone_config is not None else model
+
+
+def patch_size(model: PreTrainedModel) -> int:
+    """Side of a Vision Transformer's patches in pixels, which has to divide the images' sides; 1 of other networks."""
+    network = network_of(model)
+    if network.config.model_type == "timm_wrapper":
+        embedding = getattr(network.timm_model, "patch_embed", None)
+        size = getattr(embedding, "patch_size", 1)
+    else:
+        size = getattr(network.config, "patch_size", 1)
+    return size if isinstance(size, int) else size[0]
+
+
+class Tokens(NamedTuple):
+    """What a block puts out, after the final norm.
+
+    pooled: (batch, hidden), the CLS token, or the pooled map.
+    patches: (batch, rows, columns, hidden), without register and distillation tokens.
+    """
+
+    pooled: torch.Tensor
+    patches: torch.Tensor
+
+
+def tokens(model: PreTrainedModel, pixel_values: torch.Tensor, n: int = 1) -> list[Tokens]:
+    """What the last `n` blocks put out, earliest first, each after the final norm.
+
+    Args:
+        model: A Vision Transformer of transformers or timm, or, for n = 1, a network whose output is a map.
+        pixel_values: (batch, channels, height, width).
+        n: Number of blocks.
+
+    Raises:
+        ValueError: a network without so many blocks, or whose output has neither one token a patch nor a map.
+    """
+    network = network_of(model)
+    if isinstance(model, DINOModel) and network is model:
+        blocks = model.get_intermediate_layers(pixel_values.to(model.device, model.dtype), n)
+        return [_split_tokens(model, block, block[:, 0], pixel_values) for block in blocks]
+    output = run_model(model, pixel_values, **({} if n == 1 else {"output_hidden_states": True}))
+    last = _split_tokens(network, output.last_hidden_state, pooled(model, output), pixel_values)
+    if n == 1:
+        return [last]
+    norm = getattr(network, "layernorm", getattr(network, "norm", None))
+    if norm is None or output.last_hidden_state.ndim != 3 or len(output.hidden_states) < n:
+        raise ValueError(f"a {type(network).__name__} has no {n} last blocks to look at; use 1")
+    earlier = [norm(hidden_states) for hidden_states in output.hidden_states[-n:-1]]
+    return [_split_tokens(network, block, block[:, 0], pixel_values) for block in earlier] + [last]
+
+
+def _split_tokens(
+    network: PreTrainedModel, output: torch.Tensor, pooled: torch.Tensor, pixel_values: torch.Tensor
+) -> Tokens:
+    if output.ndim == 4:  # (batch, hidden, rows, columns)
+        return Tokens(pooled, output.permute(0, 2, 3, 1))
+    rows, columns = grid(network, pixel_values)
+    if output.ndim != 3 or not rows * columns <= output.shape[1] <= rows * columns + 16:
+        height, width = pixel_values.shape[-2:]
+        raise ValueError(
+            f"a {type(network).__name__} has an output of shape {tuple(output.shape)} for images of {height}x{width}, "
+            "and neither a token for each patch nor a map"
+        )
+    return Tokens(pooled, output[:, -rows * columns :].unflatten(1, (rows, columns)))  # other tokens lie before them
+
+
+def grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches that a Vision Transformer sees in images."""
+    height, width = (side // patch_size(model) for side in pixel_values.shape[-2:])
+    return height, width
