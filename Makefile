@@ -12,8 +12,8 @@ quickstart: $(VENV)/ready
 		--dataset_name $(OUTPUT)/images --output_dir $(OUTPUT) --overwrite_output_dir
 	HF_HUB_OFFLINE=1 $(BIN)/python -m evaluation attention --model $(OUTPUT) \
 		--dataset_name $(OUTPUT)/images --output $(OUTPUT)/attention.png
-	HF_HUB_OFFLINE=1 $(BIN)/python -m evaluation knn --model $(OUTPUT) \
-		--dataset_name $(OUTPUT)/images --k 10 20 --baselines --output $(OUTPUT)/knn.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m evaluation knn --model $(OUTPUT) untrained:$(OUTPUT) raw_pixels:$(OUTPUT) \
+		--dataset_name $(OUTPUT)/images --k 10 20 --output $(OUTPUT)/knn.json
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

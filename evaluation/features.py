@@ -314,22 +314,34 @@ def _content(features: Features) -> dict:
     return {"num_images": len(features), "revision": f"sha256:{digest}"}
 
 
-def features_of(args: Namespace, split: str) -> Features:
+def features_of(args: Namespace, split: str, with_labels: bool = False) -> Features:
     """Features of a split by a command's arguments: read from `--features`, or computed now, and then kept there.
 
     Raises:
-        ValueError: neither features nor a model and a data set.
+        ValueError: neither features nor a model and a data set; no label of every image, although `with_labels`.
     """
+    no_labels = f"split {split} of {args.dataset_name or args.features} has no labels, or not of every image; name "
+    no_labels += "their column by --label_column"
     if args.features and not args.model:
-        return read_features(Path(args.features) / split)
+        features = read_features(Path(args.features) / split)
+    else:
+        features = _new_features(args, split, no_labels if with_labels else None)
+    if with_labels and any(label is None for label in features.labels):
+        raise ValueError(no_labels)
+    return features
+
+
+def _new_features(args: Namespace, split: str, no_labels: str | None) -> Features:
     if not args.model or not args.dataset_name:
         raise ValueError(
             "give --model and --dataset_name, or --features, a folder that `dino-eval features` has filled"
         )
-    model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
     dataset = load_images(
         args.dataset_name, args.dataset_config_name, split, args.image_column, args.label_column, args.streaming
     )
+    if no_labels and "label" not in dataset.column_names:
+        raise ValueError(no_labels)
+    model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
     data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split}
     if args.features:
         folder = Path(args.features) / split
@@ -354,12 +366,8 @@ def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
         ValueError: see `features_of`; images without labels, or one class only.
     """
     eval_split = find_eval_split(args)
-    train = features_of(args, args.train_split)
-    test = features_of(args, eval_split) if eval_split != args.train_split else None
-    for part in (train,) if test is None else (train, test):
-        name = f"split {part.data['split']} of {part.data['name']}"
-        if any(label is None for label in part.labels):
-            raise ValueError(f"{name} has no labels, or not of every image; name their column by --label_column")
+    train = features_of(args, args.train_split, with_labels=True)
+    test = features_of(args, eval_split, with_labels=True) if eval_split != args.train_split else None
     if len(np.unique(train.labels)) < 2:
         raise ValueError(
             f"split {train.data['split']} of {train.data['name']} has images of one class only, {train.labels[0]}"

@@ -42,11 +42,12 @@ def test_recipe_learns_without_labels(digits, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "training", "--config", "quickstart", *data, "--output_dir", tmp_path], check=True
     )
-    measure = ["knn", "--model", tmp_path, *data, "--k", "10", "20", "--baselines", "--output", tmp_path / "knn.json"]
+    models = [tmp_path, f"untrained:{tmp_path}"]
+    measure = ["knn", "--model", *models, *data, "--k", "10", "20", "--output", tmp_path / "knn.json"]
     subprocess.run([sys.executable, "-m", "evaluation", *measure], check=True)
-    report = json.loads((tmp_path / "knn.json").read_text())
+    trained, untrained = json.loads((tmp_path / "knn.json").read_text())
     for k in ("knn_10_top1", "knn_20_top1"):
-        assert report["values"][k] >= report["baselines"]["untrained network"][k] + 20
+        assert trained["values"][k] >= untrained["values"][k] + 20
     steps = [line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert len(steps) == 700 / 20 and steps[-1]["loss_over_ln_k"] < 0.8
 

@@ -363,35 +363,24 @@ def test_unlabelled_flat_folder_of_one_channel(recipe, flat_folder, tmp_path):
 
 def test_knn_command_writes_results_beside_baselines(run, parquet_folder, tmp_path):
     output = tmp_path / "results.json"
-    argv = (
-        "knn",
-        "--model",
-        run[0],
-        "--dataset_name",
-        parquet_folder,
-        "--train_split",
-        "train",
-        "--eval_split",
-        "test",
-    )
-    printed = trained(
-        *argv, "--label_column", "kind", "--k", "1", "10", "--baselines", "--output", output, module="evaluation"
-    )
-    report = json.loads(output.read_text())
-    assert set(report["baselines"]) == {"untrained network", "raw pixels"}
-    assert report["values"]["knn_10_top1"] == metrics(run[0])[-1]["knn_10_top1"]
-    assert f"{report['values']['knn_1_top1']:.1f}" in printed
+    models = [f"{kind}{run[0]}" for kind in ("", "untrained:", "raw_pixels:")]
+    argv = ("knn", "--model", *models, "--dataset_name", parquet_folder, "--label_column", "kind", "--k", "1", "10")
+    printed = trained(*argv, "--output", output, module="evaluation")
+    reports = json.loads(output.read_text())
+    assert [report["model"]["name"] for report in reports] == models
+    assert reports[0]["values"]["knn_10_top1"] == metrics(run[0])[-1]["knn_10_top1"]
+    assert f"{reports[0]['values']['knn_1_top1']:.2f} [" in printed
 
 
 def test_knn_command_measures_a_stock_vit_and_its_baselines(run, parquet_folder, tmp_path):
     convert(str(run[0]), str(tmp_path / "vit"), to="vit")
-    argv = ("--dataset_name", parquet_folder, "--k", "1", "--baselines", "--output", tmp_path / "knn.json")
-    finished = command("knn", "--model", tmp_path / "vit", *argv, module="evaluation")
-    assert finished.returncode == 0, finished.stderr
-    stock = json.loads((tmp_path / "knn.json").read_text())
-    assert command("knn", "--model", run[0], *argv, module="evaluation").returncode == 0
-    ours = json.loads((tmp_path / "knn.json").read_text())
-    assert stock["values"] == ours["values"] and stock["baselines"]["raw pixels"] == ours["baselines"]["raw pixels"]
+    values = []
+    for folder in (tmp_path / "vit", run[0]):
+        argv = ("knn", "--model", folder, f"raw_pixels:{folder}", "--dataset_name", parquet_folder, "--k", "1")
+        finished = command(*argv, "--output", tmp_path / "knn.json", module="evaluation")
+        assert finished.returncode == 0, finished.stderr
+        values.append([report["values"] for report in json.loads((tmp_path / "knn.json").read_text())])
+    assert values[0] == values[1]
 
 
 def test_attention_command_draws_every_image_and_head(run, parquet_folder, tmp_path):
