@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 from modeling_dino.command_line import Parser, run
 
-from . import attention, features, knn
+from . import attention, features, knn, segmentation_masks, video_segmentation
 from .report import Report, format_table, write_reports
 
 
@@ -17,6 +17,8 @@ PROTOCOLS = {
     "features": features,
     "knn": knn,
     "attention": attention,
+    "video_segmentation": video_segmentation,
+    "segmentation_masks": segmentation_masks,
 }
 
 
@@ -36,8 +38,9 @@ def measure(args: Namespace) -> list[Report]:
     if getattr(args, "batch_size", 1) < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     protocol, models = PROTOCOLS[args.protocol], args.model or [None]
-    if len(models) > 1 and getattr(args, "features", None):
-        raise ValueError(f"--features keeps those of one model, got {len(models)}; give each a folder of its own")
+    for folder in ("features", "output_dir"):
+        if len(models) > 1 and getattr(args, folder, None):
+            raise ValueError(f"--{folder} is for one model, got {len(models)}; give each a folder of its own")
     reports = [protocol.measure(Namespace(**vars(args) | {"model": model})) for model in models]
     reports = [report for report in reports if report is not None]
     if reports and PartialState().is_main_process:

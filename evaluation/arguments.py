@@ -3,17 +3,21 @@
 from modeling_dino.command_line import Parser
 
 
-def add_model(parser: Parser) -> None:
+def add_model(parser: Parser, image_size: int | None = None, meaning: str | None = None) -> None:
+    """`--model` and `--image_size`; a protocol with a size of its own says what it is, and what it means there."""
     parser.add_argument(
         "--model",
         nargs="+",
+        required=image_size is not None,  # other protocols can do with kept features
         help="Hub ids or folders of models with their image processors, of transformers, timm or ours; untrained:M is "
         "the network of M with random weights, raw_pixels:M no network at all",
     )
     parser.add_argument(
         "--image_size",
         type=int,
-        help="side of the images, by the paper's transform (default: the model's own image processor)",
+        default=image_size,
+        help=(meaning or "side of the images, by the paper's transform")
+        + (" (default: %(default)s)" if image_size else " (default: the model's own image processor)"),
     )
 
 
