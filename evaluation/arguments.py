@@ -8,7 +8,6 @@ def add_model(parser: Parser, image_size: int | None = None, meaning: str | None
     parser.add_argument(
         "--model",
         nargs="+",
-        required=image_size is not None,  # other protocols can do with kept features
         help="Hub ids or folders of models with their image processors, of transformers, timm or ours; untrained:M is "
         "the network of M with random weights, raw_pixels:M no network at all",
     )

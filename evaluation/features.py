@@ -343,6 +343,8 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
         raise ValueError(no_labels)
     model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
     data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split}
+    if isinstance(dataset, Dataset):
+        data["fingerprint"] = dataset._fingerprint  # another one where files of the same name have changed
     if args.features:
         folder = Path(args.features) / split
         return keep_features(

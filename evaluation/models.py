@@ -30,6 +30,7 @@ from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_process
 
 # the models of transformers whose `pooler_output` comes from a layer that DINO does not have and nobody trained
 _WITH_UNTRAINED_POOLER = ("vit", "deit")
+_WITHOUT_WEIGHTS = ("untrained:", "raw_pixels:")  # what may stand before a name
 
 
 class RawPixels(torch.nn.Module):
@@ -63,10 +64,9 @@ def load_model(
     Raises:
         ValueError: if the checkpoint lacks weights of the model, other than a stock ViT's pooler, which nothing uses.
     """
-    kind, colon, source = name.partition(":")
-    if not colon or kind not in ("untrained", "raw_pixels"):
-        kind, source = "", name
-    if kind == "":
+    kind = next((kind for kind in _WITHOUT_WEIGHTS if name.startswith(kind)), "")
+    source = name.removeprefix(kind)
+    if not kind:
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=dtype)
         missing = sorted(info["missing_keys"])
         if model.config.model_type in _WITH_UNTRAINED_POOLER:
@@ -76,7 +76,9 @@ def load_model(
     else:
         config = AutoConfig.from_pretrained(source)
         set_seed(0)
-        model = RawPixels(num_channels(config)) if kind == "raw_pixels" else AutoModel.from_config(config, dtype=dtype)
+        model = (
+            RawPixels(num_channels(config)) if kind == "raw_pixels:" else AutoModel.from_config(config, dtype=dtype)
+        )
     model.eval().to(PartialState().device)
     channels = num_channels(model.config)
     backend = "pil" if channels in PILLOW_MODES else "torchvision"
@@ -87,17 +89,23 @@ def load_model(
     return model, processor
 
 
+def revision_of(name: str) -> str | None:
+    """The commit of the Hub, or the hash of the weights' files in a folder; None of a network without weights."""
+    if name.startswith(_WITHOUT_WEIGHTS):
+        return None
+    if not Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin")):
+        digest.update(path.read_bytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def describe_model(model: PreTrainedModel | RawPixels, name: str) -> dict:
     """What a report says of a model: its name, the commit of the Hub or the hash of the weights' files, its size."""
-    revision = getattr(model.config, "_commit_hash", None)
-    if revision is None and Path(name).is_dir():
-        digest = hashlib.sha256()
-        for path in sorted(Path(name).glob("*.safetensors")):
-            digest.update(path.read_bytes())
-        revision = f"sha256:{digest.hexdigest()[:16]}"
     return {
         "name": name,
-        "revision": revision,
+        "revision": revision_of(name),
         "class": type(model).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -105,6 +105,8 @@ def add_arguments(parser: Parser) -> None:
 
 def measure(args: Namespace) -> Report:
     """The mean over images of the mean over their objects; images are shared out to the processes."""
+    if args.model is None:
+        raise ValueError("give --model")
     if not 0 < args.mass < 1:
         raise ValueError(f"mass must be between 0 and 1, got {args.mass}")
     images, masks = find_images_and_masks(args)

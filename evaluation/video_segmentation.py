@@ -435,6 +435,8 @@ def add_arguments(parser: Parser) -> None:
 
 def measure(args: Namespace) -> Report | None:
     """Masks of all videos, shared out to the processes; scores of those that are annotated."""
+    if args.model is None:
+        raise ValueError("give --model")
     if args.topk < 1 or args.neighborhood < 0 or args.num_last_frames < 0 or args.image_size < 64:
         raise ValueError(
             "topk must be at least 1, neighborhood and num_last_frames at least 0, image_size at least 64, got "

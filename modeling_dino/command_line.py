@@ -4,8 +4,12 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class OneLineErrors:
@@ -31,6 +35,16 @@ def nearest(given: str, allowed) -> str:
     """ ", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near."""
     found = difflib.get_close_matches(given, allowed, n=1)
     return f", did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(allowed))}"
+
+
+def find_config(name: str, folder: Path, suffix: str) -> Path:
+    """A file by its path, or by its name among those that come with the package."""
+    candidates = [Path(name).expanduser(), folder / name, folder / f"{name}{suffix}"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    available = sorted(path.stem for path in folder.glob(f"*{suffix}"))
+    raise ValueError(f"there is no file {name}; those that come with the package are {', '.join(available)}")
 
 
 def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

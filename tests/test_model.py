@@ -9,7 +9,7 @@ from transformers.integrations import flash_attention
 
 from evaluation.attention import cls_attention
 from modeling_dino import DINOConfig, DINOForPreTraining, DINOModel
-from training.arguments import CONFIGS
+from modeling_dino.command_line import CONFIGS
 
 from .original import FIXTURES, our_names, recorded, tiny_config
 

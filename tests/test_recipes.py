@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from modeling_dino.command_line import CONFIGS
 from training import TrainingArguments
-from training.arguments import CONFIGS, parse_arguments
+from training.arguments import parse_arguments
 from training.networks import load_config
 from training.schedules import Schedule
 

@@ -12,12 +12,9 @@ import yaml
 from accelerate.utils import is_tensorboard_available
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from modeling_dino.command_line import OneLineErrors, nearest
+from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, nearest
 
 from .augmentation import AugmentationArguments
-
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclass
@@ -226,16 +223,6 @@ class TrainingArguments(AugmentationArguments):
 
 class _TrainingParser(OneLineErrors, HfArgumentParser):
     pass
-
-
-def find_config(name: str, folder: Path, suffix: str) -> Path:
-    """A file by its path, or by its name among those that come with the package."""
-    candidates = [Path(name).expanduser(), folder / name, folder / f"{name}{suffix}"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    available = sorted(path.stem for path in folder.glob(f"*{suffix}"))
-    raise ValueError(f"there is no file {name}; those that come with the package are {', '.join(available)}")
 
 
 def _yaml_flags(path: Path) -> list[str]:

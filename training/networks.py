@@ -8,10 +8,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import CONFIG_MAPPING
 
 from modeling_dino import DINOConfig, DINOForPreTraining
-from modeling_dino.command_line import nearest
+from modeling_dino.command_line import CONFIGS, find_config, nearest
 from modeling_dino.configuration_dino import VIT_FIELDS
 
-from .arguments import CONFIGS, TrainingArguments, find_config
+from .arguments import TrainingArguments
 
 
 def load_config(args: TrainingArguments) -> DINOConfig:
