@@ -191,6 +191,10 @@ def tokens(model: PreTrainedModel, pixel_values: torch.Tensor, n: int = 1) -> li
     if isinstance(model, DINOModel) and network is model:
         blocks = model.get_intermediate_layers(pixel_values.to(model.device, model.dtype), n)
         return [_split_tokens(model, block, block[:, 0], pixel_values) for block in blocks]
+    if n > 1 and hasattr(getattr(network, "timm_model", None), "get_intermediate_layers"):
+        pixel_values = pixel_values.to(model.device, model.dtype)
+        blocks = network.timm_model.get_intermediate_layers(pixel_values, n, return_prefix_tokens=True, norm=True)
+        return [_split_tokens(network, patches, prefix[:, 0], pixel_values) for patches, prefix in blocks]
     output = run_model(model, pixel_values, **({} if n == 1 else {"output_hidden_states": True}))
     last = _split_tokens(network, output.last_hidden_state, pooled(model, output), pixel_values)
     if n == 1:

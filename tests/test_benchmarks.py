@@ -35,3 +35,12 @@ def test_memory_is_printed_on_the_way(parquet_folder, more):
     printed = benchmark("data", "--dataset_name", parquet_folder, "--memory_images", 640, *more)
     counts = [int(count) for count in re.findall(r"(\d+) images +\d+ MiB in 3 processes", printed)]
     assert counts[0] == 64 and counts[-1] == 640
+
+
+@pytest.mark.slow
+def test_knn_is_measured_at_growing_numbers_of_queries(tmp_path):
+    output = tmp_path / "knn.json"
+    printed = benchmark("knn", "--bank", 3000, "--queries", 400, "--hidden", 8, "--output", output)
+    results = json.loads(output.read_text())["results"]
+    assert [row["queries"] for row in results] == [10, 20, 40, 10] and results[-1]["variant"] == "scikit-learn"
+    assert all(row["seconds"] > 0 and f"{row['mib_on_top']:.0f}" in printed for row in results)
