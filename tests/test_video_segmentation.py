@@ -303,7 +303,8 @@ def test_first_and_last_frame_are_left_out_and_later_objects_too():
     truth = np.where(box(5, 5, 10, 10), 1, 0) + np.where(box(20, 20, 10, 10), 3, 0)
     late = np.where(box(5, 40, 9, 9), 4, truth)
     shifted = np.roll(truth, 5, axis=1)
-    scores = object_scores([truth, shifted, shifted, truth], [truth, late, late, shifted])
+    nothing = np.zeros_like(truth)
+    scores = object_scores([nothing, shifted, shifted, nothing], [truth, late, late, truth])
     assert [round(scores["j_mean"], 2) for scores in scores] == [33.33, 100, 33.33]  # there is no object 2: right
     assert scores[0]["j_recall"] == 0 and scores[1]["f_recall"] == 100
     assert scores[0]["jf_mean"] == pytest.approx((scores[0]["j_mean"] + scores[0]["f_mean"]) / 2)
