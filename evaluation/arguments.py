@@ -3,17 +3,21 @@
 from modeling_dino.command_line import Parser
 
 
-def add_model(
-    parser: Parser,
-    image_size: str = "side of the images, by the paper's transform (default: the model's own image processor)",
-) -> None:
+def add_model(parser: Parser, image_size: int | None = None, meaning: str | None = None) -> None:
+    """`--model` and `--image_size`; a protocol with a size of its own says what it is, and what it means there."""
     parser.add_argument(
         "--model",
         nargs="+",
         help="Hub ids or folders of models with their image processors, of transformers, timm or ours; untrained:M is "
         "the network of M with random weights, raw_pixels:M no network at all",
     )
-    parser.add_argument("--image_size", type=int, help=image_size)
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=image_size,
+        help=(meaning or "side of the images, by the paper's transform")
+        + (" (default: %(default)s)" if image_size else " (default: the model's own image processor)"),
+    )
 
 
 def add_dataset(parser: Parser) -> None:

@@ -189,7 +189,7 @@ def with_means(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model(parser, f"side of the squares that images become (default: {IMAGE_SIZE})")
+    add_model(parser, IMAGE_SIZE, "side of the squares that images become")
     parser.add_argument(
         "--dataset_name",
         required=True,
@@ -201,7 +201,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--whitening", help="folder or data set of other images to learn a whitening from (the paper: 20k of YFCC100M)"
     )
-    parser.set_defaults(image_size=IMAGE_SIZE)
     add_extraction(parser)
     add_output(parser)
 

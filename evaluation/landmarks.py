@@ -192,7 +192,7 @@ def revisited_scores(
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model(parser, f"side of the square that images fit in, with their aspect (default: {IMAGE_SIZE})")
+    add_model(parser, IMAGE_SIZE, "side of the square that images fit in, with their aspect")
     parser.add_argument("--dataset_name", required=True, help="folder with gnd_*.pkl and jpg/")
     parser.add_argument(
         "--multiscale", action="store_true", help="mean feature of each image at the scales 1, 0.7, 0.5"
@@ -200,7 +200,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--query_boxes", action="store_true", help="cut queries to their boxes (the original does not)"
     )
-    parser.set_defaults(image_size=IMAGE_SIZE)
     add_extraction(parser)
     add_output(parser)
 

@@ -8,7 +8,16 @@ from argparse import Namespace
 
 from modeling_dino.command_line import Parser
 
-from . import attention, copy_detection, features, knn, landmarks, retrieval
+from . import (
+    attention,
+    copy_detection,
+    features,
+    knn,
+    landmarks,
+    retrieval,
+    segmentation_masks,
+    video_segmentation,
+)
 from .report import Report
 
 
@@ -19,6 +28,8 @@ PROTOCOLS = {
     "landmarks": landmarks,
     "copy_detection": copy_detection,
     "attention": attention,
+    "video_segmentation": video_segmentation,
+    "segmentation_masks": segmentation_masks,
 }
 
 
