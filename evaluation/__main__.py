@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
@@ -16,8 +17,9 @@ from .report import format_table, write_reports
 def measure(args: Namespace) -> None:
     """Runs a protocol for each of its models; prints what it finds, and writes it to --output."""
     models = args.model or [None]
-    if len(models) > 1 and getattr(args, "features", None):
-        raise ValueError(f"--features keeps those of one model, got {len(models)}; give each a folder of its own")
+    for flag in ("features", "output_dir"):
+        if len(models) > 1 and getattr(args, flag, None):
+            raise ValueError(f"--{flag} is of one model, got {len(models)}; give each a folder of its own")
     reports = [measure_model(Namespace(**vars(args) | {"model": model})) for model in models]
     reports = [report for report in reports if report is not None]
     if reports and PartialState().is_main_process:
@@ -35,6 +37,9 @@ def evaluate_from_command_line(argv: list[str]) -> None:
     del args.debug  # which `run` has seen to
     disable_datasets_progress_bar()
     disable_transformers_progress_bar()
+    PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
+    )  # without it, a launcher's processes on CPU know no other
     (suite.measure if args.protocol == "suite" else measure)(args)
 
 

@@ -8,13 +8,15 @@ from argparse import Namespace
 
 from modeling_dino.command_line import Parser
 
-from . import attention, features, knn
+from . import attention, features, finetune, knn, linear
 from .report import Report
 
 
 PROTOCOLS = {
     "features": features,
     "knn": knn,
+    "linear": linear,
+    "finetune": finetune,
     "attention": attention,
 }
 
