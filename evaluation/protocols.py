@@ -10,10 +10,15 @@ from modeling_dino.command_line import Parser
 
 from . import (
     attention,
+    clustering,
     copy_detection,
     features,
+    few_shot,
+    finetune,
     knn,
     landmarks,
+    linear,
+    logistic,
     retrieval,
     segmentation_masks,
     video_segmentation,
@@ -24,12 +29,17 @@ from .report import Report
 PROTOCOLS = {
     "features": features,
     "knn": knn,
+    "linear": linear,
+    "logistic": logistic,
+    "few_shot": few_shot,
+    "clustering": clustering,
+    "finetune": finetune,
     "retrieval": retrieval,
     "landmarks": landmarks,
     "copy_detection": copy_detection,
-    "attention": attention,
     "video_segmentation": video_segmentation,
     "segmentation_masks": segmentation_masks,
+    "attention": attention,
 }
 
 

@@ -1,0 +1,283 @@
+"""Labelled images for training a classifier: the same for any number of processes and workers, and after a stop.
+
+Whatever is drawn, is drawn from a seed of its own: of the epoch, and of the image or batch that it is for. So nothing
+random has to be kept in a checkpoint.
+"""
+
+import hashlib
+import json
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_dino.image_processing_dino import PILLOW_MODES
+
+from .features import find_eval_split
+from .images import decode_image, load_images
+from .models import mean_and_std, to_pixel_values
+
+
+CHECKPOINT = "checkpoint.pt"
+# settings of a run that another machine may have differently, and the numbers are the same
+_ABOUT_THE_MACHINE = ("protocol", "output", "output_dir", "num_workers", "features")
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed of 64 bits for anything that is named by strings and integers."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Within, what PyTorch draws on the host is drawn from the key's seed; afterwards it goes on as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(*key))
+        yield
+
+
+class ComputedFeatures(nn.Module):
+    """For `extract_features`: a network in the shape of one whose pooled features are what a function returns.
+
+    Args:
+        model: The network, which is put into evaluation mode with this one.
+        compute: Pixel values (images, channels, height, width) -> (images, features).
+    """
+
+    def __init__(self, model: PreTrainedModel, compute: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.model, self.compute = model, compute
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        rows = self.compute(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=rows[:, None], pooler_output=rows)
+
+
+class AugmentedImages(torch.utils.data.Dataset):
+    """(epoch, number of an image) -> the image as that epoch sees it, its class, and a hash of its pixels.
+
+    Args:
+        dataset: Rows of `load_images`.
+        targets: (images,), classes from 0.
+        transform: From torchvision; gets a Pillow image, or a tensor (channels, height, width) of uint8 where Pillow
+            does not know the number of channels.
+        num_channels: Channels that the model takes.
+        seed: Of the run.
+    """
+
+    def __init__(self, dataset: Dataset, targets: np.ndarray, transform: nn.Module, num_channels: int, seed: int):
+        self.dataset, self.targets, self.transform = dataset, targets, transform
+        self.num_channels, self.seed = num_channels, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = key
+        pixels = decode_image(self.dataset[index]["image"], self.num_channels)
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()  # as in `extract_features`
+        image = torch.from_numpy(pixels)
+        if self.num_channels in PILLOW_MODES:
+            image = v2.functional.to_pil_image(image, PILLOW_MODES[self.num_channels])
+        with seeded(self.seed, "image", epoch, index):
+            return self.transform(image), int(self.targets[index]), int.from_bytes(digest, "little", signed=True)
+
+
+class Batches:
+    """The batches of an epoch, in a random order, each shared out over the processes: a batch sampler.
+
+    All images are in one batch of an epoch, the last of which may be smaller. A process that gets none of it, gets
+    its first image as well, with share 0.
+
+    Args:
+        indices: Of the images to train on.
+        batch_size: Images a batch, of all processes.
+        seed: Of the run.
+
+    Attributes:
+        epoch: Of the batches to come, from 0. They are pairs (epoch, index), as `AugmentedImages` takes them.
+    """
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int):
+        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        state = PartialState()
+        order = np.random.default_rng(seed_of(self.seed, "order", self.epoch)).permutation(self.indices)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            own = batch[state.process_index :: state.num_processes]
+            yield [(self.epoch, int(index)) for index in (own if len(own) else batch[:1])]
+
+    def sizes(self) -> Iterator[tuple[int, float]]:
+        """Of each batch the number of its images, and this process's share of them."""
+        state = PartialState()
+        for start in range(0, len(self.indices), self.batch_size):
+            size = min(self.batch_size, len(self.indices) - start)
+            yield size, len(range(state.process_index, size, state.num_processes)) / size
+
+
+def make_loader(images: AugmentedImages, order: Batches, num_workers: int) -> DataLoader:
+    """Batches of pixel values, classes and hashes; set `order.epoch` before each epoch."""
+    return DataLoader(
+        images,
+        batch_sampler=order,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=PartialState().device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+def input_size(image_processor, num_channels: int) -> list[int]:
+    """Height and width of what an image processor makes of an image."""
+    return list(to_pixel_values(image_processor, [np.zeros((num_channels, 64, 64), np.uint8)]).shape[-2:])
+
+
+def normalize(image_processor, num_channels: int) -> list[nn.Module]:
+    """The end of a transform: an image -> pixel values, normalised as the image processor does it."""
+    mean, std = (values.flatten().tolist() for values in mean_and_std(image_processor, num_channels))
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
+
+
+def load_splits(args: Namespace) -> tuple[Dataset, Dataset]:
+    """The training and the test split by a command's arguments, with labels.
+
+    Raises:
+        ValueError: a stream, no split to evaluate on but the training split, or no column of labels.
+    """
+    if not args.model or not args.dataset_name:
+        raise ValueError("give --model and --dataset_name")
+    if args.streaming:
+        raise ValueError(f"{args.protocol} draws images in a random order: leave --streaming out")
+    splits = []
+    for split in (args.train_split, evaluation_split(args)):
+        columns = (args.image_column, args.label_column)
+        splits.append(load_images(args.dataset_name, args.dataset_config_name, split, *columns))
+        if "label" not in splits[-1].column_names:
+            raise ValueError(
+                f"{args.protocol} needs labels, and split {split} of {args.dataset_name} has no label column; name it "
+                "by --label_column"
+            )
+    return tuple(splits)
+
+
+def evaluation_split(args: Namespace) -> str:
+    """The split to evaluate on, see `find_eval_split`.
+
+    Raises:
+        ValueError: the training split.
+    """
+    split = find_eval_split(args)
+    if split == args.train_split:
+        raise ValueError(f"{args.protocol} trains on {split} and needs another split to evaluate on, by --eval_split")
+    return split
+
+
+def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
+    labels = dataset.features["label"]
+    return labels.names if isinstance(labels, ClassLabel) else None
+
+
+def index_classes(
+    train_labels: Sequence, test_labels: Sequence, names: Sequence[str] | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names of the classes, and the class of each training and test image, from 0.
+
+    Args:
+        train_labels: Of any kind that numpy can sort; numbers of classes, if these have names.
+        test_labels: Likewise.
+        names: Of the classes. Default: the training images' labels.
+
+    Raises:
+        ValueError: no images, images without a label (`datasets` also writes -1 for that), training images of one
+            class only, or test images of a class that the training images lack.
+    """
+    for kind, labels in (("training", train_labels), ("test", test_labels)):
+        if not len(labels):
+            raise ValueError(f"there are no {kind} images")
+        missing = sum(label is None or (names is not None and label == -1) for label in labels)
+        if missing:
+            raise ValueError(f"{missing} of the {len(labels)} {kind} images have no label")
+    train_labels, test_labels = np.asarray(train_labels), np.asarray(test_labels)
+    known, train_targets = np.unique(train_labels, return_inverse=True)
+    if len(known) < 2:
+        raise ValueError(f"a classifier needs two classes at least, all training images are of class {known[0]}")
+    is_unknown = ~np.isin(test_labels, known)
+    if is_unknown.any():
+        others = np.unique(test_labels[is_unknown])
+        raise ValueError(
+            f"{is_unknown.sum()} of the {len(test_labels)} test images are of classes that the training images lack "
+            f"({len(others)}, such as {others[0] if names is None else names[others[0]]})"
+        )
+    if names is not None:
+        return list(names), train_labels.astype(np.int64), test_labels.astype(np.int64)
+    return [str(label) for label in known], train_targets, np.searchsorted(known, test_labels)
+
+
+def warn_of_shared_images(train_hashes: np.ndarray, test_hashes: np.ndarray) -> None:
+    num_shared = int(np.isin(test_hashes, train_hashes).sum())
+    if num_shared and PartialState().is_main_process:
+        warnings.warn(
+            f"{num_shared} of the {len(test_hashes)} test images are training images, too: what is measured on them "
+            "says little"
+        )
+
+
+def hits(logits: torch.Tensor, targets: torch.Tensor, name: str) -> dict[str, np.ndarray]:
+    """`{name}_top1` and, of five classes and more, `{name}_top5`: 100 for each image that was right, else 0."""
+    tops = (1, 5) if logits.shape[1] >= 5 else (1,)
+    ranked = logits.topk(tops[-1], dim=1).indices == targets[:, None]  # (images, 1 or 5)
+    return {f"{name}_top{top}": 100.0 * ranked[:, :top].any(1).cpu().numpy() for top in tops}
+
+
+def run_settings(args: Namespace, **changes) -> dict:
+    """What has to be the same where a run goes on: a command's arguments, with `changes`, as JSON knows them."""
+    settings = {name: value for name, value in vars(args).items() if name not in _ABOUT_THE_MACHINE}
+    return json.loads(json.dumps(settings | changes))
+
+
+def load_checkpoint(folder: Path, settings: dict) -> dict | None:
+    """What `save_checkpoint` has written last, on the host; None if nothing was.
+
+    Raises:
+        ValueError: a run with other settings.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    saved = checkpoint["settings"]
+    for name in settings | saved:
+        if saved.get(name) != settings.get(name):
+            raise ValueError(
+                f"{folder} holds a run with another {name} ({saved.get(name)}, not {settings.get(name)}); choose "
+                "another --output_dir"
+            )
+    return checkpoint
+
+
+def save_checkpoint(folder: Path, settings: dict, losses: list, **state) -> None:
+    """Writes the main process's `state` in place of what was written before, and `log.jsonl`, a line an epoch."""
+    processes = PartialState()
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{CHECKPOINT}.incomplete"
+        torch.save({"settings": settings, "losses": losses, **state}, unfinished)
+        unfinished.replace(folder / CHECKPOINT)
+        lines = [json.dumps({"epoch": epoch, "loss": loss}) for epoch, loss in enumerate(losses, start=1)]
+        (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    processes.wait_for_everyone()
