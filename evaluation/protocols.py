@@ -8,13 +8,16 @@ from argparse import Namespace
 
 from modeling_dino.command_line import Parser
 
-from . import attention, features, knn
+from . import attention, clustering, features, few_shot, knn, logistic
 from .report import Report
 
 
 PROTOCOLS = {
     "features": features,
     "knn": knn,
+    "logistic": logistic,
+    "few_shot": few_shot,
+    "clustering": clustering,
     "attention": attention,
 }
 
