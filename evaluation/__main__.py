@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from modeling_dino.command_line import Parser, run
 
 from . import suite
+from .processes import connect_processes
 from .protocols import add_command, add_protocols, measure_model
 from .report import format_table, write_reports
 
@@ -34,6 +35,7 @@ def evaluate_from_command_line(argv: list[str]) -> None:
     add_command(commands, "suite", suite)
     args = parser.parse_args(argv)
     del args.debug  # which `run` has seen to
+    connect_processes()
     disable_datasets_progress_bar()
     disable_transformers_progress_bar()
     (suite.measure if args.protocol == "suite" else measure)(args)

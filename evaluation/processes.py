@@ -1,15 +1,34 @@
 """Work that several processes share, so that one that fails takes the others along and says why."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from modeling_dino.command_line import one_line
 
 
 T = TypeVar("T")
+
+
+def connect_processes() -> None:
+    """Makes the processes that a launcher started know each other; the first thing that a command does.
+
+    On CPU too: by itself, `PartialState` does not look for `ACCELERATE_USE_CPU`, and each process takes itself for the
+    only one.
+
+    Raises:
+        ValueError: processes that Accelerate does not see.
+    """
+    num_processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+    num_started = int(os.environ.get("WORLD_SIZE") or 1)
+    if num_processes != num_started:
+        raise ValueError(
+            f"the launcher started {num_started} processes, Accelerate sees {num_processes}; on CPU, set "
+            "ACCELERATE_USE_CPU=true"
+        )
 
 
 def of_all_processes(compute: Callable[[], T], what: str) -> list[T]:

@@ -1,0 +1,119 @@
+"""K-means on the features of a split: how well its clusters agree with the classes."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+from torch.nn import functional as F
+from tqdm import trange
+
+from modeling_dino.command_line import Parser
+
+from .arguments import add_dataset, add_extraction, add_model, add_output
+from .features import features_of, find_eval_split
+from .report import LEVEL, NUM_RESAMPLES, Report, make_report
+
+
+def k_means(features: torch.Tensor, num_clusters: int, num_init: int = 10, seed: int = 0) -> np.ndarray:
+    """Each image's cluster, by scikit-learn's k-means on features of length one.
+
+    Args:
+        features: (images, hidden); need not be normalised.
+        num_clusters: From 2 to the number of images.
+        num_init: Runs, each from another k-means++ start; the one with the smallest distances counts.
+        seed: Of the starts.
+
+    Returns:
+        (images,), from 0 to `num_clusters` - 1.
+
+    Raises:
+        ValueError: numbers that cannot be.
+    """
+    if not 2 <= num_clusters <= len(features) or num_init < 1:
+        raise ValueError(
+            f"clusters must be from 2 to the {len(features)} images and num_init at least 1, got {num_clusters} and "
+            f"{num_init}"
+        )
+    features = F.normalize(features.float().cpu(), dim=1).numpy()
+    return KMeans(num_clusters, n_init=num_init, random_state=seed).fit_predict(features)
+
+
+def clustering_scores(labels: Sequence, clusters: Sequence) -> dict[str, float]:
+    """How well clusters agree with classes, whatever the clusters' names.
+
+    Args:
+        labels: Each image's class, of any kind that numpy can sort.
+        clusters: Each image's cluster, likewise.
+
+    Returns:
+        Three numbers that are 1 where clusters and classes are the same: `nmi`, the mutual information over the mean
+        of both entropies; `ari`, the Rand index, adjusted so that chance has 0 on average; `accuracy`, of the best
+        one-to-one assignment of clusters to classes (Hungarian method; a cluster without a class is all misses).
+
+    Raises:
+        ValueError: no images, another number of clusters than of labels, or an image without a label.
+    """
+    if not len(labels) or len(labels) != len(clusters):
+        raise ValueError(f"every image needs a label and a cluster, got {len(labels)} and {len(clusters)}")
+    if any(label is None for label in labels):
+        raise ValueError("every image needs a label, and there are some without")
+    _, labels = np.unique(labels, return_inverse=True)
+    _, clusters = np.unique(clusters, return_inverse=True)
+    table = contingency_matrix(labels, clusters)  # (classes, clusters)
+    return {
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "accuracy": float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels)),
+    }
+
+
+def clustering_intervals(labels: np.ndarray, clusters: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % intervals of `clustering_scores`, by bootstrap over the images.
+
+    Where resamples lie by themselves says nothing: two copies of an image agree with each other, so that nearly every
+    resample has more mutual information than the images. Their spread does, and it is laid around the value.
+    """
+    rng, disable = np.random.default_rng(0), None if PartialState().is_main_process else True
+    drawn = []
+    for _ in trange(NUM_RESAMPLES, desc="intervals", leave=False, disable=disable):  # on a terminal alone
+        indices = rng.integers(0, len(labels), len(labels))
+        drawn.append(clustering_scores(labels[indices], clusters[indices]))
+    intervals = {}
+    for name, value in clustering_scores(labels, clusters).items():
+        resampled = np.array([scores[name] for scores in drawn])
+        low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - resampled.mean() + value
+        intervals[name] = float(low), float(high)
+    return intervals
+
+
+def add_arguments(parser: Parser) -> None:
+    add_model(parser)
+    add_dataset(parser)
+    add_extraction(parser)
+    parser.add_argument("--num_clusters", type=int, help="clusters (default: as many as there are classes)")
+    parser.add_argument("--num_init", type=int, default=10, help="runs; the best one counts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the clusters' starts (default: %(default)s)")
+    add_output(parser)
+
+
+def measure(args: Namespace) -> Report:
+    images = features_of(args, find_eval_split(args), with_labels=True)
+    classes, labels = np.unique(images.labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"split {images.data['split']} of {images.data['name']} has images of one class only, {classes[0]}"
+        )
+    num_clusters = len(classes) if args.num_clusters is None else args.num_clusters
+    clusters = k_means(images.features, num_clusters, args.num_init, args.seed)
+    values = {f"kmeans_{name}": 100 * value for name, value in clustering_scores(labels, clusters).items()}
+    intervals = {
+        f"kmeans_{name}": (100 * low, 100 * high)
+        for name, (low, high) in clustering_intervals(labels, clusters).items()
+    }
+    return make_report(args, images.model, {"test": images.data}, {}, values, intervals)
