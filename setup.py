@@ -6,7 +6,9 @@ from setuptools import setup
 TIMM = ["timm>=1.0"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 TENSORBOARD = ["tensorboard>=2.15"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "scipy>=1.11", *TIMM, *ONNX, *TENSORBOARD]
+VIDEO = ["av>=14"]
+UMAP = ["umap-learn>=0.5.7"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", *TIMM, *ONNX, *TENSORBOARD, *VIDEO, *UMAP]
 
 setup(
     name="dino-hf",
@@ -16,8 +18,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_dino", "training", "evaluation", "configs"],
-    package_data={"configs": ["*.yaml", "models/*.json", "accelerate/*.yaml", "slurm/*.sbatch"]},
+    packages=["modeling_dino", "training", "evaluation", "evaluation.metrics", "configs"],
+    package_data={
+        "configs": ["*.yaml", "eval/*.yaml", "models/*.json", "accelerate/*.yaml", "slurm/*.sbatch"],
+        "evaluation.metrics": ["*/*.py", "*/README.md"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -27,6 +32,8 @@ setup(
         "huggingface_hub>=1.5",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.11",
+        "evaluate>=0.4.6",
         "numpy>=1.26",
         "matplotlib>=3.8",
         "pillow>=10.1",
@@ -37,6 +44,8 @@ setup(
         "timm": TIMM,
         "onnx": ONNX,
         "tensorboard": TENSORBOARD,
+        "video": VIDEO,
+        "umap": UMAP,
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.4"],
         "test": TEST,
