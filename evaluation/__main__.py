@@ -1,5 +1,6 @@
 """`python -m evaluation PROTOCOL --model M ...`, or `dino-eval PROTOCOL --model M ...`."""
 
+import warnings
 from argparse import Namespace
 
 from accelerate import PartialState
@@ -42,6 +43,7 @@ def evaluate_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
+    warnings.formatwarning = lambda message, *_, **__: f"dino-eval: warning: {message}\n"  # without a line of ours
     run("dino-eval", evaluate_from_command_line)
 
 

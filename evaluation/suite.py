@@ -124,7 +124,7 @@ def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[
             key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
             path = folder / "reports" / f"{args.protocol}-{key}.json"
             if path.exists():
-                reports[model, number] = Report(**json.loads(path.read_text()))
+                reports[model, number] = _checked(Report(**json.loads(path.read_text())), entry)
                 continue
             if "features" in vars(args) and args.protocol not in _AUGMENTED and args.dataset_name:
                 source = f"{model} {args.dataset_name} {args.dataset_config_name} {args.image_size} {args.dtype}"
@@ -140,7 +140,16 @@ def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[
             if PartialState().is_main_process:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(asdict(report), indent=2, default=str) + "\n")
+            _checked(report, entry)
     return reports, failures
+
+
+def _checked(report: Report, entry: Entry) -> Report:
+    """The report, if it has what the config shows of it."""
+    for name in entry.show or []:
+        if name not in report.values:
+            raise ValueError(f"{entry.name} has no value {name} to show{nearest(name, report.values)}")
+    return report
 
 
 def make_rows(entries: list[Entry], models: list[str], reports: dict) -> list[Row]:
@@ -149,8 +158,6 @@ def make_rows(entries: list[Entry], models: list[str], reports: dict) -> list[Ro
         found = {model: reports[model, number] for model in models if (model, number) in reports}
         names = list(dict.fromkeys(name for report in found.values() for name in report.values))
         for name in entry.show or names:
-            if found and name not in names:
-                raise ValueError(f"{entry.name} has no value {name} to show{nearest(name, names)}")
             rows.append(Row(entry, name, {m: report for m, report in found.items() if name in report.values}))
     return rows
 

@@ -313,7 +313,7 @@ def test_bad_input(ours, parquet_folder, flat_folder, tmp_path, capsys):
     assert "give --model and --dataset_name, or --features" in ask("knn", *data)
     assert "there are no features in" in ask("knn", "--features", tmp_path, "--eval_split", "test")
     assert "give --features, the folder to write" in ask("features", "--model", ours, *data)
-    assert "--features keeps those of one model, got 2" in ask("knn", "--model", ours, ours, *data, "--features", "x")
+    assert "--features is for one model, got 2" in ask("knn", "--model", ours, ours, *data, "--features", "x")
     images = load_images(str(parquet_folder))
     images.filter(lambda row: row["label"] == 1).to_parquet(tmp_path / "one.parquet")
     message = ask("knn", "--model", ours, "--dataset_name", tmp_path / "one.parquet", "--k", "1")
