@@ -25,7 +25,7 @@ from modeling_dino.command_line import Parser
 from .arguments import add_extraction, add_model, add_output
 from .descriptors import describe_images, image_rows
 from .features import DTYPES
-from .images import IMAGE_SUFFIXES, load_images
+from .images import IMAGE_SUFFIXES, content_of, load_images
 from .models import Tokens, describe_model, load_model, tokens
 from .report import Report, make_report
 from .retrieval import average_precision, in_percent
@@ -255,7 +255,7 @@ def measure(args: Namespace) -> Report:
     by_block = dict(zip(copies.queries, np.split(scores, starts)))
     data = {
         "name": args.dataset_name,
-        **{name: images.content for name, images in found.items()},
+        **{name: content_of(images.hashes) for name, images in found.items()},
         "blocks_absent": copies.absent,
         "queries_without_positives": int(np.isnan(scores).sum()),
     }

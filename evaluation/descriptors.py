@@ -1,6 +1,5 @@
 """Descriptors of images that a protocol resizes by its own rule, in order, whatever the number of processes."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .images import decode_image
+from .images import decode_image, pixel_hash
 from .models import mean_and_std, num_channels
 from .processes import of_all_processes
 
@@ -25,12 +24,6 @@ class Descriptors:
 
     features: torch.Tensor
     hashes: np.ndarray
-
-    @property
-    def content(self) -> dict:
-        """Number and hash of the images, whatever their order, for a report."""
-        digest = hashlib.sha256(np.sort(self.hashes).tobytes()).hexdigest()[:16]
-        return {"num_images": len(self.hashes), "revision": f"sha256:{digest}"}
 
 
 def image_rows(paths: Sequence[Path]) -> list[dict]:
@@ -54,11 +47,10 @@ class _Collator:
         images, hashes, names = [], [], []
         for row in rows:
             pixels = decode_image(row["image"], self.num_channels)
-            digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
             picture = PillowImage.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             picture = self.resize(picture.crop(row["box"]) if "box" in row else picture)
             images.append((to_tensor(picture) - self.mean) / self.std)
-            hashes.append(int.from_bytes(digest, "little", signed=True))
+            hashes.append(pixel_hash(pixels))
             names.append(row["image"]["path"] if isinstance(row["image"], dict) else "without a file name")
         return images, hashes, names
 

@@ -4,7 +4,6 @@ Kept features lie in parts of as many images each. A part that is written is nev
 goes on where it was stopped, with any number of processes.
 """
 
-import hashlib
 import json
 import math
 import warnings
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
-from .images import decode_image, load_images, split_names
+from .images import content_of, decode_image, load_images, pixel_hash, split_names
 from .models import describe_model, load_model, num_channels, pooled, run_model, to_pixel_values
 from .processes import of_all_processes
 
@@ -70,10 +69,7 @@ class ImageCollator:
 
     def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, list, list[int], list[str | None]]:
         images = [decode_image(row["image"], self.num_channels) for row in rows]
-        hashes = [
-            int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little", signed=True)
-            for image in images
-        ]
+        hashes = [pixel_hash(image) for image in images]
         names = [row["image"]["path"] if isinstance(row["image"], dict) else None for row in rows]
         return to_pixel_values(self.image_processor, images), [row.get("label") for row in rows], hashes, names
 
@@ -303,15 +299,9 @@ def read_features(folder: Path) -> Features:
     features.class_names, features.model, features.data = (
         manifest["class_names"],
         manifest["model"],
-        manifest["data"] | _content(features),
+        manifest["data"] | content_of(features.hashes),
     )
     return features
-
-
-def _content(features: Features) -> dict:
-    """Number and hash of the images, whatever their order or the files that they lie in."""
-    digest = hashlib.sha256(np.sort(features.hashes).tobytes()).hexdigest()[:16]
-    return {"num_images": len(features), "revision": f"sha256:{digest}"}
 
 
 def features_of(args: Namespace, split: str, with_labels: bool = False) -> Features:
@@ -354,7 +344,7 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
         model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}"
     )
     features.model = describe_model(model, args.model)
-    features.data = data | _content(features)
+    features.data = data | content_of(features.hashes)
     return features
 
 
@@ -375,13 +365,17 @@ def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
             f"split {train.data['split']} of {train.data['name']} has images of one class only, {train.labels[0]}"
         )
     if test is not None:
-        num_shared = int(np.isin(test.hashes, train.hashes).sum())
-        if num_shared:
-            warnings.warn(
-                f"{num_shared} of the {len(test)} images of {test.data['split']} are in {train.data['split']}, too: "
-                "what is measured on them says little"
-            )
+        warn_of_shared_images(train.hashes, test.hashes)
     return train, test
+
+
+def warn_of_shared_images(train_hashes: np.ndarray, test_hashes: np.ndarray) -> None:
+    num_shared = int(np.isin(test_hashes, train_hashes).sum())
+    if num_shared and PartialState().is_main_process:
+        warnings.warn(
+            f"{num_shared} of the {len(test_hashes)} test images are training images, too: what is measured on them "
+            "says little"
+        )
 
 
 def find_eval_split(args: Namespace) -> str:

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_model, add_output
-from .features import _content, extract_features
+from .features import extract_features, warn_of_shared_images
+from .images import content_of
 from .models import describe_model, load_model, num_channels, run_model
 from .processes import of_all_processes
 from .report import Report, make_report
@@ -48,7 +49,6 @@ from .supervised import (
     save_checkpoint,
     seed_of,
     seeded,
-    warn_of_shared_images,
 )
 
 
@@ -372,6 +372,6 @@ def measure(args: Namespace) -> Report:
     hashes = np.concatenate(of_all_processes(lambda: hashes, "hashes of the training images"))
     warn_of_shared_images(hashes, logits.hashes)
     scores = hits(logits.features, torch.from_numpy(test_targets), "finetune")
-    test_data = data | {"split": evaluation_split(args)} | _content(logits)
+    test_data = data | {"split": evaluation_split(args)} | content_of(logits.hashes)
     about = {"train": data, "test": test_data, "batch_size_of_all": batch_size, "mixed_precision": precision}
     return make_report(args, described, about, scores)

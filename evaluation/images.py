@@ -3,6 +3,7 @@
 Images stay encoded until somebody needs pixels, and then `EncodedImage` is the one way to get them.
 """
 
+import hashlib
 import io
 import struct
 import zlib
@@ -200,6 +201,17 @@ class BrokenImageError(ValueError):
     def __init__(self, name: str, kind: str, reason: str):
         super().__init__(f"image {name} {reason}")
         self.name, self.kind = name, kind
+
+
+def pixel_hash(pixels: np.ndarray) -> int:
+    """64 bits, signed, that are equal for images of equal pixels, whatever files they come from."""
+    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little", signed=True)
+
+
+def content_of(hashes: np.ndarray) -> dict:
+    """Number and hash of images, whatever their order, for a report; of their pixels' hashes (images,) in int64."""
+    digest = hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:16]
+    return {"num_images": len(hashes), "revision": f"sha256:{digest}"}
 
 
 def image_content(image: dict) -> bytes:

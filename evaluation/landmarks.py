@@ -24,6 +24,7 @@ from modeling_dino.command_line import Parser
 from .arguments import add_extraction, add_model, add_output
 from .descriptors import describe_images, image_rows
 from .features import DTYPES
+from .images import content_of
 from .models import RawPixels, describe_model, load_model, patch_size, pooled, run_model
 from .report import Report, make_report
 from .retrieval import average_precision, in_percent, precision_at_k
@@ -234,8 +235,8 @@ def measure(args: Namespace) -> Report:
     scores = revisited_scores(query_images.features, database_images.features, benchmark["gnd"])
     data = {
         "name": paths[0].stem.removeprefix("gnd_"),
-        "queries": query_images.content,
-        "database": database_images.content,
+        "queries": content_of(query_images.hashes),
+        "database": content_of(database_images.hashes),
         "queries_without_positives": {level: int(np.isnan(scores[f"{level}_mAP"]).sum()) for level in LEVELS},
     }
     return make_report(args, describe_model(model, args.model), data, in_percent(scores))

@@ -28,8 +28,8 @@ from modeling_dino import DINOConfig, DINOForImageClassification, DINOModel
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
-from .features import DTYPES, Features, _content, extract_features, features_of, keep_features
-from .images import load_images
+from .features import DTYPES, Features, extract_features, features_of, keep_features, warn_of_shared_images
+from .images import content_of, load_images
 from .models import describe_model, load_model, num_channels, tokens
 from .processes import of_all_processes
 from .report import Report, make_report
@@ -49,7 +49,6 @@ from .supervised import (
     run_settings,
     save_checkpoint,
     seed_of,
-    warn_of_shared_images,
 )
 
 
@@ -343,7 +342,9 @@ class CroppedImages:
         self.data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": args.train_split}
         self.data |= {"num_images": len(self.images), "augmentation": True}
         self.test = self._extract(test, evaluation_split(args))
-        self.test.data = self.data | {"split": evaluation_split(args), "augmentation": False} | _content(self.test)
+        self.test.data = (
+            self.data | {"split": evaluation_split(args), "augmentation": False} | content_of(self.test.hashes)
+        )
         self._hashes: list[torch.Tensor] = []  # of this process's images in the first epoch
 
     def batches(self, targets: np.ndarray, order: Batches) -> Callable:

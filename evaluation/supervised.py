@@ -6,7 +6,6 @@ random has to be kept in a checkpoint.
 
 import hashlib
 import json
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .features import find_eval_split
-from .images import decode_image, load_images
+from .images import decode_image, load_images, pixel_hash
 from .models import mean_and_std, to_pixel_values
 
 
@@ -84,12 +83,11 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = key
         pixels = decode_image(self.dataset[index]["image"], self.num_channels)
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()  # as in `extract_features`
         image = torch.from_numpy(pixels)
         if self.num_channels in PILLOW_MODES:
             image = v2.functional.to_pil_image(image, PILLOW_MODES[self.num_channels])
         with seeded(self.seed, "image", epoch, index):
-            return self.transform(image), int(self.targets[index]), int.from_bytes(digest, "little", signed=True)
+            return self.transform(image), int(self.targets[index]), pixel_hash(pixels)
 
 
 class Batches:
@@ -226,15 +224,6 @@ def index_classes(
     if names is not None:
         return list(names), train_labels.astype(np.int64), test_labels.astype(np.int64)
     return [str(label) for label in known], train_targets, np.searchsorted(known, test_labels)
-
-
-def warn_of_shared_images(train_hashes: np.ndarray, test_hashes: np.ndarray) -> None:
-    num_shared = int(np.isin(test_hashes, train_hashes).sum())
-    if num_shared and PartialState().is_main_process:
-        warnings.warn(
-            f"{num_shared} of the {len(test_hashes)} test images are training images, too: what is measured on them "
-            "says little"
-        )
 
 
 def hits(logits: torch.Tensor, targets: torch.Tensor, name: str) -> dict[str, np.ndarray]:

@@ -268,7 +268,7 @@ def test_images_in_both_splits_are_warned_of(ours, tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"{number}.{ending}")
     argv = ["knn", "--model", str(ours), "--dataset_name", str(tmp_path), "--k", "1"]
-    with pytest.warns(UserWarning, match="3 of the 5 images of test are in train, too"):
+    with pytest.warns(UserWarning, match="3 of the 5 test images are training images, too"):
         evaluate_from_command_line(argv)
 
 

@@ -125,6 +125,7 @@ def test_stopped_run_goes_on_to_the_same_weights(finetuned, model_folder, stripe
         run(*argv, "--mixup", 0.2)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(model_folder, stripes, tmp_path):
     """Of the 43 images, the last batch of 20 has three: two for one process, one for the other."""
     argv = (model_folder, stripes, *PLAIN, "--epochs", 2, "--learning_rate", 0.01)

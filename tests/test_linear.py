@@ -284,6 +284,7 @@ def test_stopped_training_goes_on_to_the_same_classifier(measured, model_folder,
         run("linear", model_folder, shades, *argv, "--seed", 1)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(measured, model_folder, shades, tmp_path):
     """Of the 51 images, the last batch of 16 has three: two for one process, one for the other."""
     folder, argv = measured

@@ -330,6 +330,7 @@ def test_images_without_labels_are_told(model, flat_folder, protocol):
         evaluate_from_command_line(argv)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(model, small_folder, tmp_path):
     argv = ("few_shot", "--model", model, "--dataset_name", small_folder, "--eval_split", "validation", "--shots", 2)
     one = report_of(*argv, "--output", tmp_path / "one.json")
