@@ -37,6 +37,8 @@ def evaluate_from_command_line(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     del args.debug  # which `run` has seen to
     connect_processes()
+    if not PartialState().is_main_process:
+        warnings.simplefilter("ignore")  # which the main process says
     disable_datasets_progress_bar()
     disable_transformers_progress_bar()
     (suite.measure if args.protocol == "suite" else measure)(args)
