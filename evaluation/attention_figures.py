@@ -16,6 +16,7 @@ from scipy.ndimage import binary_erosion
 
 
 OPACITY = 0.6  # of colour that is laid over an image
+SMALLEST = 240  # short side of a figure in pixels
 
 
 def to_picture(pixels: np.ndarray) -> np.ndarray:
@@ -111,14 +112,15 @@ def draw_attention(images: Sequence[np.ndarray], attention: Sequence[torch.Tenso
 def draw_figures(
     picture: np.ndarray, attention: torch.Tensor, masks: torch.Tensor, folder: Path, name: str
 ) -> list[Path]:
-    """Writes the figures of one image, and returns their paths.
+    """Writes the figures of one image, which is shown enlarged if it is small, and returns their paths.
 
     NAME_heads.png: the image, the mean map and each head's.
-    NAME_mean.png: the mean map over the image, in the image's size.
+    NAME_mean.png: the mean map over the image, pixel by pixel.
     NAME_mask.png: each head's mask over the image, with its contour.
-    NAME_colors.png: all masks in one, in the same colours, in the image's size.
+    NAME_colors.png: all masks in one, in the same colours, pixel by pixel.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    picture = np.kron(picture, np.ones((max(1, SMALLEST // min(picture.shape[:2])),) * 2 + (1,), dtype=np.uint8))
     paths = {kind: folder / f"{name}_{kind}.png" for kind in ("heads", "mean", "mask", "colors")}
     titles = _titles(attention)
     _draw_panels([picture, *_maps_in_color(picture, attention)], titles, paths["heads"])
@@ -159,6 +161,7 @@ def _draw_panels(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    bbox = None if columns else "tight"
     columns = columns or math.ceil(len(panels) / math.ceil(len(panels) / 5))
     heights = [panel.shape[0] / panel.shape[1] * width for panel in panels[::columns]]
     title_height = 0.25 * math.ceil(len(titles) / columns)
@@ -173,6 +176,6 @@ def _draw_panels(
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=dpi, bbox_inches=bbox, pad_inches=0.02)
     plt.close(figure)
     return path
