@@ -1,19 +1,40 @@
-"""CLS self-attention of the last block, as maps and as a picture: what the paper shows in figure 1."""
+"""CLS self-attention of the last block, as arrays, figures and videos: what the paper shows in figures 1 and 3."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_dino.command_line import Parser
 
-from .arguments import add_dataset, add_model
+from .arguments import add_dataset
+from .attention_figures import blend, color_map, draw_attention, draw_figures, enlarge, to_picture
+from .attention_video import VIDEO_SUFFIXES, Video, write_video
 from .features import find_eval_split
-from .images import decode_image, load_images
-from .models import grid, load_model, mean_and_std, network_of, num_channels, run_model, to_pixel_values
+from .images import IMAGE_SUFFIXES, decode_image, load_images
+from .models import (
+    RawPixels,
+    grid,
+    load_model,
+    mean_and_std,
+    network_of,
+    num_channels,
+    patch_size,
+    run_model,
+    to_pixel_values,
+)
+
+
+SHORT_SIDE = 480  # pixels, of files and frames; the original's
+SMALL = 128  # a network of images smaller than this sees them at its own size
+MAX_ROWS = 300  # of a sheet, which could not be written if it were much longer
 
 
 @torch.no_grad()
@@ -95,68 +116,208 @@ def mass_masks(attention: torch.Tensor, mass: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept).unflatten(-1, attention.shape[-2:])
 
 
-def draw_attention(images: Sequence[np.ndarray], attention: torch.Tensor, path: Path) -> Path:
-    """Draws a row for every image: the image, the mean of its attention maps, and each head's map.
-
-    Args:
-        images: What the model saw, (height, width) or (height, width, 3) in uint8.
-        attention: (images, heads, rows, columns) of `cls_attention`.
-        path: PNG to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    maps = torch.cat([attention.mean(1, keepdim=True), attention], dim=1)
-    titles = ["image", "mean"] + [f"head {head + 1}" for head in range(attention.shape[1])]
-    figure, axes = plt.subplots(
-        len(images), len(titles), figsize=(1.3 * len(titles), 1.3 * len(images) + 0.25), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for row, image, image_maps in zip(axes, images, maps):
-        height, width = image.shape[:2]
-        row[0].imshow(image, cmap="gray", vmin=0, vmax=255)
-        for axis, attention_map in zip(row[1:], image_maps):
-            axis.imshow(attention_map, cmap="viridis", extent=(0, width, height, 0), interpolation="nearest")
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
 def draw_attention_of(model: PreTrainedModel, image_processor, images: Sequence[np.ndarray], path: Path) -> Path:
     """Draws what a Vision Transformer's CLS token looks at in images (channels, height, width) of uint8.
 
     Raises:
         ValueError: a network without CLS attention.
     """
-    inputs = to_pixel_values(image_processor, images)
-    maps = cls_attention(model, inputs)
-    mean, std = mean_and_std(image_processor, inputs.shape[1])
-    pictures = ((inputs * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    pictures = pictures if pictures.shape[-1] == 3 else np.ascontiguousarray(pictures[..., 0])
-    return draw_attention(pictures, maps, path)
+    pixel_values = to_pixel_values(image_processor, images)
+    maps = cls_attention(model, pixel_values)
+    return draw_attention([to_picture(seen) for seen in _seen(image_processor, pixel_values)], maps, path)
+
+
+def _seen(image_processor, pixel_values: torch.Tensor) -> np.ndarray:
+    """What an image processor has left of images, (images, channels, height, width) in uint8."""
+    mean, std = mean_and_std(image_processor, pixel_values.shape[1])
+    return ((pixel_values * std + mean) * 255).round().to(torch.uint8).numpy()
+
+
+def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(height, width) of an image with the short side given, in the same aspect."""
+    return tuple(short_side * side // min(size) for side in size)
+
+
+def fit_to_patches(image: np.ndarray, short_side: int, patch: int) -> np.ndarray:
+    """Resizes an image bilinearly to a short side, then cuts right and bottom to whole patches, as the original does.
+
+    Args:
+        image: (channels, height, width) in uint8.
+        short_side: In pixels, at least a patch.
+        patch: Side of a patch.
+    """
+    height, width = scaled_size(image.shape[1:], short_side)
+    resized = resize(torch.from_numpy(np.ascontiguousarray(image)), [height, width], antialias=True).numpy()
+    return resized[:, : height // patch * patch, : width // patch * patch]
+
+
+def normalize(images: Sequence[np.ndarray], image_processor) -> torch.Tensor:
+    """Images (channels, height, width) in uint8, of one size -> pixel values, at that size."""
+    mean, std = mean_and_std(image_processor, len(images[0]))
+    return (torch.from_numpy(np.stack(images)).float() / 255 - mean) / std
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """Files, and those in folders that are images by their ending, in the order of their names.
+
+    Raises:
+        ValueError: a folder without images.
+    """
+    found = []
+    for path in (Path(name).expanduser() for name in names):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"there is no image in the folder {path}")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def attention_frames(
+    model: PreTrainedModel, image_processor, video: Video, short_side: int, batch_size: int = 1, overlay: bool = False
+) -> Iterator[np.ndarray]:
+    """For each frame of a video, the mean of the heads' maps in its size: RGB (height, width, 3) in uint8.
+
+    Args:
+        model: A Vision Transformer.
+        image_processor: What it normalises by.
+        video: Its frames have the channels that the model takes.
+        short_side: At which the network sees frames, in pixels.
+        batch_size: Frames per forward pass.
+        overlay: Lay the map over the frame, instead of showing it alone.
+    """
+    frames = iter(tqdm(video, "attention", total=video.num_frames or None, disable=None))
+    while batch := list(islice(frames, batch_size)):
+        seen = [fit_to_patches(frame, short_side, patch_size(model)) for frame in batch]
+        maps = cls_attention(model, normalize(seen, image_processor)).mean(1)
+        for frame, cells in zip(batch, maps):
+            size = frame.shape[1:]
+            # what was cut is less than a patch: the map stays where it belongs, its last cells reach to the edge
+            cell = tuple(patch_size(model) * a / b for a, b in zip(size, scaled_size(size, short_side)))
+            colors = enlarge(color_map(cells.numpy()), size, cell)
+            yield blend(to_picture(frame), colors) if overlay else colors
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model(parser)
+    parser.add_argument("--model", nargs=1, required=True, help="Hub id or folder of a Vision Transformer")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="image files, or folders of them")
+    parser.add_argument("--video", metavar="FILE", help="video, for a video of the mean attention of each frame")
     add_dataset(parser)
-    parser.add_argument("--num_images", type=int, default=8, help="rows of the picture (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which images (default: %(default)s)")
-    parser.add_argument("--output", default="attention.png", help="PNG to write (default: %(default)s)")
+    parser.add_argument("--num_images", type=int, default=8, help="of a data set (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which of a data set (default: %(default)s)")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        help="short side in pixels, aspect kept, cut to whole patches (default: of a data set, what the model's image "
+        f"processor makes; else {SHORT_SIDE}, or the model's own size if that is below {SMALL})",
+    )
+    parser.add_argument("--mass", type=float, default=0.6, help="share of attention in masks (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        help="a .png for one sheet of all images, a folder for figures of each image, or, of --video, a video: "
+        f"{', '.join(VIDEO_SUFFIXES)} (default: attention.png, attention.mp4)",
+    )
+    parser.add_argument("--save_arrays", action="store_true", help="also write NAME.npz: image, attention and masks")
+    parser.add_argument("--overlay", action="store_true", help="video: the attention over the frames, not alone")
+    parser.add_argument("--batch_size", type=int, default=1, help="frames per forward pass (default: %(default)s)")
 
 
 def measure(args: Namespace) -> None:
+    sources = [name for name in ("image", "video", "dataset_name") if getattr(args, name)]
+    if len(sources) != 1:
+        given = " and ".join(f"--{name}" for name in sources) or "none"
+        raise ValueError(f"give one of --image, --video and --dataset_name, got {given}")
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
-    split = find_eval_split(args)
-    dataset = load_images(args.dataset_name, args.dataset_config_name, split, args.image_column, None)
-    model, image_processor = load_model(args.model, args.image_size)
-    rows = dataset.shuffle(seed=args.seed).select(range(min(args.num_images, len(dataset))))
-    images = [decode_image(row["image"], num_channels(model.config)) for row in rows]
-    print(f"wrote {draw_attention_of(model, image_processor, images, Path(args.output))}")
+    if not 0 < args.mass < 1:
+        raise ValueError(f"mass must be between 0 and 1, got {args.mass}")
+    output = Path(args.output or ("attention.mp4" if args.video else "attention.png")).expanduser()
+    _check_output(output, args.video)
+    if not PartialState().is_main_process:
+        return
+    if args.video:
+        _draw_video(args, Path(args.video).expanduser(), output)
+    else:
+        _draw_images(args, output)
+
+
+def _check_output(output: Path, is_video: bool) -> None:
+    if is_video and output.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ValueError(f"the output of --video ends in {', '.join(VIDEO_SUFFIXES)}, got {output}")
+    if not is_video and output.suffix.lower() not in (".png", "") and not output.is_dir():
+        hint = "; a video needs --video" if output.suffix.lower() in VIDEO_SUFFIXES else ""
+        raise ValueError(f"the output is a .png or a folder, got {output}{hint}")
+
+
+def _short_side(model: PreTrainedModel, image_size: int | None) -> int:
+    """Of files and frames: the network's own, if it is of small images."""
+    if image_size is None:
+        own = getattr(network_of(model).config, "image_size", SHORT_SIDE)
+        own = own if isinstance(own, int) else min(own)
+        image_size = own if own < SMALL else SHORT_SIDE
+    if image_size < patch_size(model):
+        raise ValueError(f"image_size must be at least a patch of {patch_size(model)} pixels, got {image_size}")
+    return image_size
+
+
+def _load(args: Namespace) -> tuple[PreTrainedModel, object]:
+    model, image_processor = load_model(args.model)
+    if isinstance(model, RawPixels):
+        raise ValueError("raw_pixels is no network and has no attention; give a Vision Transformer")
+    return model, image_processor
+
+
+def _draw_video(args: Namespace, path: Path, output: Path) -> None:
+    if output.exists() and path.exists() and output.samefile(path):
+        raise ValueError(f"the video {path} cannot be its own output")
+    model, image_processor = _load(args)
+    video = Video(path, num_channels(model.config))
+    short_side = _short_side(model, args.image_size)
+    frames = attention_frames(model, image_processor, video, short_side, args.batch_size, args.overlay)
+    write_video(output, frames, video.rate)
+    print(f"wrote {output}")
+
+
+def _draw_images(args: Namespace, output: Path) -> None:
+    if args.image:
+        images = [{"path": str(path), "bytes": None} for path in find_images(args.image)]
+    else:
+        split = find_eval_split(args)
+        dataset = load_images(args.dataset_name, args.dataset_config_name, split, args.image_column, None)
+        rows = dataset.shuffle(seed=args.seed).select(range(min(args.num_images, len(dataset))))
+        images = rows["image"]
+    is_sheet = output.suffix.lower() == ".png"
+    if is_sheet and len(images) > MAX_ROWS:
+        raise ValueError(f"a sheet has at most {MAX_ROWS} rows, got {len(images)} images; give a folder as the output")
+    names = _names(images)
+    model, image_processor = _load(args)
+    sheet = []
+    for name, image in zip(tqdm(names, "attention", disable=None), images):
+        pixels = decode_image(image, num_channels(model.config))
+        if args.image or args.image_size is not None:
+            seen = fit_to_patches(pixels, _short_side(model, args.image_size), patch_size(model))
+            pixel_values = normalize([seen], image_processor)
+        else:
+            pixel_values = to_pixel_values(image_processor, [pixels])
+            [seen] = _seen(image_processor, pixel_values)
+        [attention], picture = cls_attention(model, pixel_values), to_picture(seen)
+        masks = mass_masks(attention, args.mass)
+        if is_sheet:
+            sheet.append((picture, attention))
+        else:
+            draw_figures(picture, attention, masks, output, name)
+        if args.save_arrays:
+            folder = output.parent if is_sheet else output
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(folder / f"{name}.npz", image=picture, attention=attention, masks=masks)
+    if is_sheet:
+        draw_attention(*zip(*sheet), output)
+    print(f"wrote {output}" if is_sheet else f"wrote the figures of {len(names)} images to {output}")
+
+
+def _names(images: Sequence[dict | list | np.ndarray]) -> list[str]:
+    """What the files of each image are called: as the image's own; numbered, if some are of one name or none."""
+    names = [Path((isinstance(image, dict) and image["path"]) or "image").stem for image in images]
+    return names if len(set(names)) == len(names) else [f"{i:04d}_{name}" for i, name in enumerate(names)]
