@@ -69,7 +69,8 @@ def draw_embedding(
     over their order. All of one colour without labels."""
     from matplotlib import colormaps  # chooses no backend
 
-    figure, axis = start_figure(figsize=(4.5, 4))
+    figure = start_figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.add_subplot(xticks=[], yticks=[], aspect="equal")
     style = {"s": float(np.clip(6000 / len(coordinates), 2, 24)), "linewidths": 0, "alpha": 0.8}
     x, y = coordinates.T
     if labels is None:
@@ -90,8 +91,6 @@ def draw_embedding(
             bar.set_label(f"class, of {len(classes)}", fontsize=7)
             bar.ax.tick_params(labelsize=7)
             bar.solids.set_alpha(1)
-    axis.set(xticks=[], yticks=[])
-    axis.set_aspect("equal", adjustable="datalim")
     axis.spines[:].set(linewidth=0.5, color="0.6")
     return figure
 

@@ -68,32 +68,29 @@ def draw_neighbours(
         same_class: Booleans (queries, k); a neighbour's frame is green where it is true, and red elsewhere.
     """
     num_rows, k = similarities.shape
-    figure, axes = start_figure(num_rows, k + 1, figsize=(1.1 * (k + 1), 1.25 * num_rows + 0.2), squeeze=False)
+    figure = start_figure(figsize=(1.1 * (k + 1), 1.3 * num_rows + 0.2), layout="constrained")
+    axes = figure.subplots(num_rows, k + 1, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for row, query in enumerate(queries):
         axes[row, 0].imshow(query)
         axes[row, 0].set_xlabel(_short(query_names[row]), fontsize=6, labelpad=2)
         for column, (axis, neighbour) in enumerate(zip(axes[row, 1:], neighbours[row])):
             axis.imshow(neighbour)
-            name = "" if names is None else f"{_short(names[row][column])} "
+            name = "" if names is None else f"{_short(names[row][column])}\n"
             axis.set_xlabel(f"{name}{similarities[row, column]:.2f}", fontsize=6, labelpad=2)
             if same_class is not None:
                 axis.spines[:].set(color=COLORS[bool(same_class[row, column])], linewidth=2)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    if same_class is None:
-        for axis in axes.flat:
-            axis.spines[:].set_visible(False)
-    else:
-        for axis in axes[:, 0]:
-            axis.spines[:].set_visible(False)
+        axis.set(xticks=[], yticks=[], anchor="N")
+    for axis in axes[:, 0] if same_class is not None else axes.flat:
+        axis.spines[:].set_visible(False)
     axes[0, 0].set_title("query", fontsize=8)
-    axes[0, 1].set_title("most similar" if k > 1 else "nearest", fontsize=8)
+    axes[0, 1].set_title("most similar", fontsize=8)
     return figure
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 16 else name[:15] + "…"
+    return name if len(name) <= 18 else name[:17] + "…"
 
 
 def _has_labels(features: Features) -> bool:

@@ -29,6 +29,7 @@ from .pictures import add_picture, check_files, find_images, start_figure, to_pi
 IMAGE_SIZE = 480  # of `visualize_attention.py` of the original
 PERCENTILES = (2, 98)  # that become 0 and 1, so that a few outliers leave the others their contrast
 NUM_COLUMNS = 8
+HEIGHT, GAP = 1.2, 0.05  # of the picture's images, and between them, in inches
 
 
 def principal_components(
@@ -96,21 +97,22 @@ def resize_and_crop(pixels: np.ndarray, size: int, patch_size: int) -> np.ndarra
 
 
 def draw_colors(images: Sequence[np.ndarray], colors: Sequence[np.ndarray]):
-    """A figure of images (height, width, 3), each over its colours (rows, columns, 3)."""
-    num_columns = min(NUM_COLUMNS, len(images))
-    num_rows = -(-len(images) // num_columns)
-    aspect = np.median([image.shape[0] / image.shape[1] for image in images])
-    figure, axes = start_figure(
-        2 * num_rows, num_columns, figsize=(1.4 * num_columns, 1.4 * aspect * 2 * num_rows), squeeze=False
-    )
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for number, (image, color) in enumerate(zip(images, colors)):
-        row, column = divmod(number, num_columns)
-        height, width = image.shape[:2]
-        axes[2 * row, column].imshow(image)
-        axes[2 * row + 1, column].imshow(color, extent=(0, width, height, 0), interpolation="nearest")
+    """A figure of images (height, width, 3), all of the same height, each over its colours (rows, columns, 3)."""
+    widths = [HEIGHT * image.shape[1] / image.shape[0] for image in images]
+    rows = [range(start, min(start + NUM_COLUMNS, len(images))) for start in range(0, len(images), NUM_COLUMNS)]
+    width = max(sum(widths[number] + GAP for number in row) - GAP for row in rows)
+    height = len(rows) * (2 * HEIGHT + 3 * GAP) - 2 * GAP
+    figure = start_figure(figsize=(width, height))
+    top = height
+    for row in rows:
+        left = 0
+        for number in row:
+            for drawn, bottom in ((images[number], top - HEIGHT), (colors[number], top - 2 * HEIGHT - GAP)):
+                place = (left / width, bottom / height, widths[number] / width, HEIGHT / height)
+                axis = figure.add_axes(place, frameon=False, xticks=[], yticks=[])
+                axis.imshow(drawn, aspect="auto", interpolation="nearest" if drawn is colors[number] else None)
+            left += widths[number] + GAP
+        top -= 2 * HEIGHT + 3 * GAP
     return figure
 
 

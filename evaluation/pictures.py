@@ -70,7 +70,7 @@ def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:
     from matplotlib import pyplot as plt
 
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=200)
+    figure.savefig(args.output, dpi=200, bbox_inches="tight", pad_inches=0.03)
     plt.close(figure)
     if args.save_arrays:
         Path(args.save_arrays).parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +78,11 @@ def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:
     print("wrote " + " and ".join(filter(None, (args.output, args.save_arrays))))
 
 
-def start_figure(*args, **kwargs):
-    """`matplotlib.pyplot.subplots` without a display."""
+def start_figure(**kwargs):
+    """A figure of matplotlib that needs no display; arguments are those of `matplotlib.pyplot.figure`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(*args, **{"layout": "constrained"} | kwargs)
+    return plt.figure(**kwargs)
