@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from sklearn.manifold import TSNE
-from torch.nn import functional as F
+from sklearn.preprocessing import normalize
 
 from modeling_dino.command_line import Parser
 
@@ -43,7 +43,7 @@ def embed_in_plane(
         raise ValueError(
             f"perplexity must be at least 1 and num_neighbors at least 2, got {perplexity} and {num_neighbors}"
         )
-    points = F.normalize(features.float(), dim=1).numpy()
+    points = normalize(features.float().numpy())
     if method == "umap":
         try:
             from umap import UMAP

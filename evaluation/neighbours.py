@@ -77,7 +77,7 @@ def draw_neighbours(
         for column, (axis, neighbour) in enumerate(zip(axes[row, 1:], neighbours[row])):
             axis.imshow(neighbour)
             name = "" if names is None else f"{_short(names[row][column])}\n"
-            axis.set_xlabel(f"{name}{similarities[row, column]:.2f}", fontsize=6, labelpad=2)
+            axis.set_xlabel(f"{name}{similarities[row, column]:.3f}", fontsize=6, labelpad=2)
             if same_class is not None:
                 axis.spines[:].set(color=COLORS[bool(same_class[row, column])], linewidth=2)
     for axis in axes.flat:
