@@ -1,5 +1,6 @@
 """Pictures of features: principal components of patches, neighbours, embeddings in the plane."""
 
+import io
 import sys
 from argparse import Namespace
 
@@ -13,14 +14,14 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from transformers import AutoModel, TimmWrapperConfig
 
-from evaluation import embedding
+from evaluation import neighbours
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.embedding import draw_embedding, embed_in_plane
 from evaluation.features import read_features
 from evaluation.images import load_images
 from evaluation.models import load_model, mean_and_std
 from evaluation.neighbours import draw_neighbours, nearest_images
-from evaluation.pca import draw_colors, principal_components, resize_and_crop
+from evaluation.pca import draw_colors, patch_map, principal_components, resize_and_crop
 from evaluation.pictures import write_files
 
 from .conftest import noise
@@ -149,6 +150,20 @@ def test_networks_of_others_are_taken_at_any_size(parquet_folder, tmp_path):
         assert shapes == 3 * [(8, 8, 3)], name
 
 
+def test_timms_position_embeddings_are_those_of_the_trained_size_every_time(tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=sizes)
+    model = AutoModel.from_config(config).eval()
+    large, usual = torch.randn(3, 64, 40), torch.randn(3, 32, 32)
+    with torch.no_grad():
+        expected = model(usual[None]).last_hidden_state[0, 1:].unflatten(0, (4, 4))
+        maps = patch_map(model, large), patch_map(model, usual), patch_map(model, large)
+        model.timm_model.set_input_size(img_size=(64, 40))
+        expected_of_large = model(large[None]).last_hidden_state[0, 1:].unflatten(0, (8, 5))
+    for found, wanted in zip(maps, (expected_of_large, expected, expected_of_large)):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_neighbours_are_scikit_learns(kept, ours, parquet_folder, tmp_path, alone):  # noqa: F811
     source = ["--features", kept] if not alone else ["--model", ours, "--dataset_name", parquet_folder]
@@ -193,8 +208,6 @@ def test_frames_tell_the_class(tmp_path):
 
 
 def test_pictures_are_those_of_the_indices(kept, ours, parquet_folder, tmp_path, monkeypatch):  # noqa: F811
-    from evaluation import neighbours
-
     given = []
     monkeypatch.setattr(neighbours, "draw_neighbours", lambda *args: given.extend(args) or draw_neighbours(*args))
     files = "--output", tmp_path / "n.png", "--save_arrays", tmp_path / "n.npz"
@@ -203,8 +216,6 @@ def test_pictures_are_those_of_the_indices(kept, ours, parquet_folder, tmp_path,
     sets = [load_images(str(parquet_folder), split=split) for split in ("test", "train")]
 
     def pixels(rows, index):
-        import io
-
         return np.asarray(PillowImage.open(io.BytesIO(rows[int(index)]["image"]["bytes"])))
 
     queries, shown, _, query_names, names, same_class = given
@@ -297,4 +308,3 @@ def test_out_of_bounds_is_refused():
         nearest_images(torch.eye(5), torch.eye(5), 5, range(5))
     with pytest.raises(ValueError, match="three components need 3 patches and 3 features, got 2, 5"):
         principal_components([np.ones((1, 2, 5))])
-    assert embedding.MAX_IN_LEGEND == 20
