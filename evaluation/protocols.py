@@ -12,6 +12,7 @@ from . import (
     attention,
     clustering,
     copy_detection,
+    embedding,
     features,
     few_shot,
     finetune,
@@ -19,6 +20,8 @@ from . import (
     landmarks,
     linear,
     logistic,
+    neighbours,
+    pca,
     retrieval,
     segmentation_masks,
     video_segmentation,
@@ -40,6 +43,9 @@ PROTOCOLS = {
     "video_segmentation": video_segmentation,
     "segmentation_masks": segmentation_masks,
     "attention": attention,
+    "pca": pca,
+    "neighbours": neighbours,
+    "embedding": embedding,
 }
 
 

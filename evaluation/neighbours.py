@@ -1,0 +1,173 @@
+"""Images and those of the training split that are most similar to a model, as a picture."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch.nn import functional as F
+
+from modeling_dino.command_line import Parser
+
+from .arguments import add_dataset, add_extraction, add_model
+from .features import DTYPES, Features, extract_features, features_of, find_eval_split
+from .images import decode_image, load_images
+from .models import load_model, num_channels
+from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
+
+
+COLORS = {True: "tab:green", False: "tab:red"}  # of the frame: of the query's class, or not
+
+
+def nearest_images(
+    queries: torch.Tensor, features: torch.Tensor, k: int, own: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k most similar features to each query by cosine similarity, the most similar first.
+
+    Args:
+        queries: (queries, hidden); need not be normalised.
+        features: (images, hidden).
+        k: At most the number of images, less one with `own`.
+        own: For each query, its own index in `features`, which is no neighbour.
+
+    Returns:
+        Indices and similarities, each (queries, k).
+
+    Raises:
+        ValueError: a k out of bounds.
+    """
+    num_images = len(features) - (own is not None)
+    if not 1 <= k <= num_images:
+        raise ValueError(f"k must be between 1 and the {num_images} images to choose from, got {k}")
+    similarities = F.normalize(queries.float(), dim=1) @ F.normalize(features.float(), dim=1).T
+    if own is not None:
+        similarities[range(len(queries)), own] = -torch.inf
+    values, indices = similarities.topk(k, dim=1)
+    return indices.numpy(), values.numpy()
+
+
+def draw_neighbours(
+    queries: Sequence[np.ndarray],
+    neighbours: Sequence[Sequence[np.ndarray]],
+    similarities: np.ndarray,
+    query_names: Sequence[str],
+    names: Sequence[Sequence[str]] | None = None,
+    same_class: np.ndarray | None = None,
+):
+    """A figure with a row for each query and its neighbours.
+
+    Args:
+        queries: (height, width, 3) each.
+        neighbours: k images for each query.
+        similarities: (queries, k), written under the neighbours.
+        query_names: Written under the queries.
+        names: Of each neighbour, written under it too.
+        same_class: Booleans (queries, k); a neighbour's frame is green where it is true, and red elsewhere.
+    """
+    num_rows, k = similarities.shape
+    figure = start_figure(figsize=(1.1 * (k + 1), 1.3 * num_rows + 0.2), layout="constrained")
+    axes = figure.subplots(num_rows, k + 1, squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    for row, query in enumerate(queries):
+        axes[row, 0].imshow(query)
+        axes[row, 0].set_xlabel(_short(query_names[row]), fontsize=6, labelpad=2)
+        for column, (axis, neighbour) in enumerate(zip(axes[row, 1:], neighbours[row])):
+            axis.imshow(neighbour)
+            name = "" if names is None else f"{_short(names[row][column])}\n"
+            axis.set_xlabel(f"{name}{similarities[row, column]:.3f}", fontsize=6, labelpad=2)
+            if same_class is not None:
+                axis.spines[:].set(color=COLORS[bool(same_class[row, column])], linewidth=2)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], anchor="N")
+    for axis in axes[:, 0] if same_class is not None else axes.flat:
+        axis.spines[:].set_visible(False)
+    axes[0, 0].set_title("query", fontsize=8)
+    axes[0, 1].set_title("most similar", fontsize=8)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _has_labels(features: Features) -> bool:
+    return all(label is not None for label in features.labels)
+
+
+def _name(features: Features, index: int) -> str:
+    """The class of an image, or nothing."""
+    label = features.labels[index]
+    if label is None:
+        return ""
+    return features.class_names[label] if features.class_names else str(label)
+
+
+def _find_pictures(args: Namespace, features: Features, split: str, indices: np.ndarray) -> dict[int, np.ndarray]:
+    """The pixels of some images of the split that features are of, by index, decoded once each."""
+    name, config = (args.dataset_name or features.data["name"]), args.dataset_config_name or features.data["config"]
+    dataset = load_images(name, config, split, args.image_column, args.label_column)
+    if len(dataset) != len(features):
+        raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are {len(features)} features")
+    channels = num_channels(load_model(args.model, args.image_size, DTYPES[args.dtype])[0].config) if args.model else 3
+    return {
+        index: to_picture(decode_image(dataset[index]["image"], channels)) for index in np.unique(indices).tolist()
+    }
+
+
+def add_arguments(parser: Parser) -> None:
+    add_model(parser)
+    add_dataset(parser)
+    add_extraction(parser)
+    add_picture(parser, "neighbours.png", 8, "queries")
+    parser.add_argument("--k", type=int, default=8, help="neighbours of each image (default: %(default)s)")
+
+
+def measure(args: Namespace) -> None:
+    check_files(args)
+    if args.num_images < 1 or args.k < 1:
+        raise ValueError(f"num_images and k must be at least 1, got {args.num_images} and {args.k}")
+    if args.streaming:
+        raise ValueError("images are shown by their number, which a stream does not have; leave out --streaming")
+    if args.image and not args.model:
+        raise ValueError("give --model, too, which computes the features of --image")
+    if not args.features and not (args.model and args.dataset_name):
+        raise ValueError(
+            "give --model and --dataset_name, or --features, a folder that `dino-eval features` has filled"
+        )
+    rows = find_images(args.image) if args.image else None
+    train = features_of(args, args.train_split)
+    own = None
+    if rows is not None:
+        model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
+        queries = extract_features(model, Dataset.from_list(rows), image_processor, args.batch_size, args.num_workers)
+        shown = np.arange(len(rows))
+    else:
+        split = find_eval_split(args)
+        queries = train if split == args.train_split else features_of(args, split)
+        shown = np.sort(np.random.default_rng(args.seed).permutation(len(queries))[: args.num_images])
+        own = shown if queries is train else None
+    indices, similarities = nearest_images(queries.features[shown], train.features, args.k, own)
+    if not PartialState().is_main_process:
+        return
+
+    pictures = _find_pictures(args, train, args.train_split, indices)
+    if rows is not None:
+        channels = num_channels(model.config)
+        query_pictures = [to_picture(decode_image(row["image"], channels)) for row in rows]
+        query_names = [Path(row["image"]["path"]).stem for row in rows]
+    else:
+        by_index = _find_pictures(args, queries, split, shown)
+        query_pictures = [by_index[index] for index in shown]
+        query_names = [_name(queries, index) for index in shown]
+    names = [[_name(train, index) for index in row] for row in indices] if _has_labels(train) else None
+    same_class = None
+    if names and _has_labels(queries):
+        same_class = queries.labels[shown][:, None] == train.labels[indices]
+    figure = draw_neighbours(
+        query_pictures, [[pictures[index] for index in row] for row in indices], similarities, query_names, names,
+        same_class,
+    )  # fmt: skip
+    write_files(args, figure, {"queries": shown, "indices": indices, "similarities": similarities})

@@ -1,0 +1,88 @@
+"""What commands share that write a picture: where its images come from, and how it is written."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modeling_dino.command_line import Parser
+
+from .descriptors import image_rows
+from .images import IMAGE_SUFFIXES
+
+
+def add_picture(parser: Parser, output: str, num_images: int, meaning: str) -> None:
+    """`--image`, `--num_images`, `--seed`, `--output` and `--save_arrays`."""
+    parser.add_argument(
+        "--image", nargs="+", metavar="PATH", help=f"{meaning}: image files, or folders of which all are taken"
+    )
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        default=num_images,
+        help="without --image, how many of the data set to show (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
+    add_files(parser, output)
+
+
+def add_files(parser: Parser, output: str) -> None:
+    parser.add_argument("--output", default=output, help="PNG to write (default: %(default)s)")
+    parser.add_argument("--save_arrays", metavar="FILE", help=".npz to write the numbers behind the picture to")
+
+
+def check_files(args: Namespace) -> None:
+    """Before any work.
+
+    Raises:
+        ValueError: endings other than .png and .npz.
+    """
+    for name, suffix in (("output", ".png"), ("save_arrays", ".npz")):
+        given = getattr(args, name)
+        if given is not None and Path(given).suffix != suffix:
+            raise ValueError(f"{name} must be a file that ends in {suffix}, got {given}")
+
+
+def find_images(given: Sequence[str]) -> list[dict]:
+    """Rows of image files, in the order given; those of a folder, and of all folders in it, by name.
+
+    Raises:
+        ValueError: a file that is not there, a folder without images.
+    """
+    paths = []
+    for name in given:
+        path = Path(name).expanduser()
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if path.is_dir() and not found:
+            raise ValueError(f"there is no image in the folder {name}")
+        paths += found if path.is_dir() else [path]
+    return image_rows(paths)
+
+
+def to_picture(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (channels, height, width) as matplotlib takes them: RGB, or the first channel as grey."""
+    return pixels[:3].transpose(1, 2, 0) if len(pixels) >= 3 else np.repeat(pixels[0, :, :, None], 3, axis=2)
+
+
+def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:
+    """Writes --output and, if wanted, --save_arrays, and prints their names."""
+    from matplotlib import pyplot as plt
+
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=200, bbox_inches="tight", pad_inches=0.03)
+    plt.close(figure)
+    if args.save_arrays:
+        Path(args.save_arrays).parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(args.save_arrays, **arrays)
+    print("wrote " + " and ".join(filter(None, (args.output, args.save_arrays))))
+
+
+def start_figure(**kwargs):
+    """A figure of matplotlib that needs no display; arguments are those of `matplotlib.pyplot.figure`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.figure(**kwargs)
