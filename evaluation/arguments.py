@@ -3,11 +3,11 @@
 from modeling_dino.command_line import Parser
 
 
-def add_model(parser: Parser, image_size: int | None = None, meaning: str | None = None) -> None:
+def add_model(parser: Parser, image_size: int | None = None, meaning: str | None = None, several: bool = True) -> None:
     """`--model` and `--image_size`; a protocol with a size of its own says what it is, and what it means there."""
     parser.add_argument(
         "--model",
-        nargs="+",
+        nargs="+" if several else 1,
         help="Hub ids or folders of models with their image processors, of transformers, timm or ours; untrained:M is "
         "the network of M with random weights, raw_pixels:M no network at all",
     )

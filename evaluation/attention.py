@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset
-from .attention_figures import blend, color_map, draw_attention, draw_figures, enlarge, to_picture
+from .attention_figures import blend, color_map, draw_attention, draw_figures, enlarge
 from .attention_video import VIDEO_SUFFIXES, Video, write_video
 from .features import find_eval_split
-from .images import IMAGE_SUFFIXES, decode_image, load_images
+from .images import decode_image, load_images
 from .models import (
     RawPixels,
     grid,
@@ -30,6 +30,7 @@ from .models import (
     run_model,
     to_pixel_values,
 )
+from .pictures import find_images, to_picture
 
 
 SHORT_SIDE = 480  # pixels, of files and frames; the original's
@@ -157,24 +158,6 @@ def normalize(images: Sequence[np.ndarray], image_processor) -> torch.Tensor:
     return (torch.from_numpy(np.stack(images)).float() / 255 - mean) / std
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
-    """Files, and those in folders that are images by their ending, in the order of their names.
-
-    Raises:
-        ValueError: a folder without images.
-    """
-    found = []
-    for path in (Path(name).expanduser() for name in names):
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise ValueError(f"there is no image in the folder {path}")
-            found += inside
-        else:
-            found.append(path)
-    return found
-
-
 def attention_frames(
     model: PreTrainedModel, image_processor, video: Video, short_side: int, batch_size: int = 1, overlay: bool = False
 ) -> Iterator[np.ndarray]:
@@ -282,7 +265,7 @@ def _draw_video(args: Namespace, path: Path, output: Path) -> None:
 
 def _draw_images(args: Namespace, output: Path) -> None:
     if args.image:
-        images = [{"path": str(path), "bytes": None} for path in find_images(args.image)]
+        images = [row["image"] for row in find_images(args.image)]
     else:
         split = find_eval_split(args)
         dataset = load_images(args.dataset_name, args.dataset_config_name, split, args.image_column, None)

@@ -19,12 +19,6 @@ OPACITY = 0.6  # of colour that is laid over an image
 SMALLEST = 240  # short side of a figure in pixels
 
 
-def to_picture(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (channels, height, width) in uint8 -> RGB (height, width, 3); not of 3 channels, the first in grey."""
-    pixels = pixels if len(pixels) == 3 else np.repeat(pixels[:1], 3, axis=0)
-    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
 def enlarge(cells: np.ndarray, size: tuple[int, int], patch: tuple[float, float] | None = None) -> np.ndarray:
     """Cells (rows, columns) -> (height, width), each pixel the cell that it lies in.
 

@@ -96,7 +96,7 @@ def draw_embedding(
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model(parser)
+    add_model(parser, several=False)
     add_dataset(parser)
     add_extraction(parser)
     parser.add_argument("--method", choices=("tsne", "umap"), default="tsne", help="(default: %(default)s)")

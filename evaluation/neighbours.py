@@ -118,7 +118,7 @@ def _find_pictures(args: Namespace, features: Features, split: str, indices: np.
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model(parser)
+    add_model(parser, several=False)
     add_dataset(parser)
     add_extraction(parser)
     add_picture(parser, "neighbours.png", 8, "queries")

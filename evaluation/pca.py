@@ -117,7 +117,7 @@ def draw_colors(images: Sequence[np.ndarray], colors: Sequence[np.ndarray]):
 
 
 def add_arguments(parser: Parser) -> None:
-    add_model(parser, IMAGE_SIZE, "shorter side of the images in pixels, their aspect is kept")
+    add_model(parser, IMAGE_SIZE, "shorter side of the images in pixels, their aspect is kept", several=False)
     add_dataset(parser)
     add_picture(parser, "pca.png", 8, "what to show")
     parser.add_argument(

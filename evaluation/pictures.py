@@ -29,19 +29,19 @@ def add_picture(parser: Parser, output: str, num_images: int, meaning: str) -> N
 
 def add_files(parser: Parser, output: str) -> None:
     parser.add_argument("--output", default=output, help="PNG to write (default: %(default)s)")
-    parser.add_argument("--save_arrays", metavar="FILE", help=".npz to write the numbers behind the picture to")
+    parser.add_argument(
+        "--save_arrays", action="store_true", help="also write the numbers behind it, to an .npz beside"
+    )
 
 
 def check_files(args: Namespace) -> None:
     """Before any work.
 
     Raises:
-        ValueError: endings other than .png and .npz.
+        ValueError: an output that is no .png.
     """
-    for name, suffix in (("output", ".png"), ("save_arrays", ".npz")):
-        given = getattr(args, name)
-        if given is not None and Path(given).suffix != suffix:
-            raise ValueError(f"{name} must be a file that ends in {suffix}, got {given}")
+    if Path(args.output).suffix != ".png":
+        raise ValueError(f"output must be a file that ends in .png, got {args.output}")
 
 
 def find_images(given: Sequence[str]) -> list[dict]:
@@ -61,8 +61,9 @@ def find_images(given: Sequence[str]) -> list[dict]:
 
 
 def to_picture(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (channels, height, width) as matplotlib takes them: RGB, or the first channel as grey."""
-    return pixels[:3].transpose(1, 2, 0) if len(pixels) >= 3 else np.repeat(pixels[0, :, :, None], 3, axis=2)
+    """Pixels (channels, height, width) -> RGB (height, width, 3); of fewer than 3 channels, the first in grey."""
+    pixels = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
 def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:
@@ -72,10 +73,10 @@ def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=200, bbox_inches="tight", pad_inches=0.03)
     plt.close(figure)
+    beside = Path(args.output).with_suffix(".npz")
     if args.save_arrays:
-        Path(args.save_arrays).parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(args.save_arrays, **arrays)
-    print("wrote " + " and ".join(filter(None, (args.output, args.save_arrays))))
+        np.savez_compressed(beside, **arrays)
+    print(f"wrote {args.output}" + f" and {beside}" * args.save_arrays)
 
 
 def start_figure(**kwargs):

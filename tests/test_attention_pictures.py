@@ -220,7 +220,7 @@ def test_video_without_pyav_names_the_extra(folder, film, tmp_path, monkeypatch,
     [
         ((), "give one of --image, --video and --dataset_name, got none"),
         (("--image", "a.png", "--video", "b.mp4"), "got --image and --video"),
-        (("--image", "{tmp}/a.png"), "a.png cannot be read"),
+        (("--image", "{tmp}/a.png"), "images are missing, such as"),
         (("--image", "{tmp}/broken.png"), "broken.png cannot be decoded"),
         (("--image", "{tmp}/empty"), "there is no image in the folder"),
         (("--image", "{photos}", "--image_size", 3), "image_size must be at least a patch"),
