@@ -103,10 +103,8 @@ def draw_attention(images: Sequence[np.ndarray], attention: Sequence[torch.Tenso
     return _draw_panels(panels, _titles(attention[0]), path, columns=2 + len(attention[0]), width=1.3, dpi=150)
 
 
-def draw_figures(
-    picture: np.ndarray, attention: torch.Tensor, masks: torch.Tensor, folder: Path, name: str
-) -> list[Path]:
-    """Writes the figures of one image, which is shown enlarged if it is small, and returns their paths.
+def draw_figures(picture: np.ndarray, attention: torch.Tensor, masks: torch.Tensor, folder: Path, name: str) -> None:
+    """Writes the figures of one image. A small one is shown enlarged.
 
     NAME_heads.png: the image, the mean map and each head's.
     NAME_mean.png: the mean map over the image, pixel by pixel.
@@ -114,7 +112,8 @@ def draw_figures(
     NAME_colors.png: all masks in one, in the same colours, pixel by pixel.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    picture = np.kron(picture, np.ones((max(1, SMALLEST // min(picture.shape[:2])),) * 2 + (1,), dtype=np.uint8))
+    times = max(1, SMALLEST // min(picture.shape[:2]))
+    picture = picture.repeat(times, axis=0).repeat(times, axis=1)
     paths = {kind: folder / f"{name}_{kind}.png" for kind in ("heads", "mean", "mask", "colors")}
     titles = _titles(attention)
     _draw_panels([picture, *_maps_in_color(picture, attention)], titles, paths["heads"])
@@ -124,7 +123,6 @@ def draw_figures(
     overlays = [mask_overlay(picture, mask.numpy(), color) for mask, color in zip(masks, colors)]
     _draw_panels(overlays, titles[2:], paths["mask"])
     PillowImage.fromarray(colored_heads(picture, attention, masks)).save(paths["colors"])
-    return list(paths.values())
 
 
 def _titles(attention: torch.Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,6 @@ from .original import FIXTURES, our_names, tiny_config
 from .test_bad_input import answer
 
 
-av = pytest.importorskip("av")
 PATCH = tiny_config().patch_size
 KINDS = ("heads", "mean", "mask", "colors")
 
