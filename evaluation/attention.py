@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_dino.command_line import Parser
 
@@ -28,6 +29,7 @@ from .models import (
     num_channels,
     patch_size,
     run_model,
+    taking,
     to_pixel_values,
 )
 from .pictures import find_images, to_picture
@@ -75,12 +77,28 @@ def _attention(network: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Te
     implementation = network.config._attn_implementation
     if implementation is None or getattr(network.config, "num_attention_heads", None) is None:
         return None
+    last = None  # (images, heads, 1, tokens) of the latest block
+
+    def keep_row_of_cls(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        """A row of the last block is all there is to keep; `output_attentions` keeps every block's whole matrix."""
+        nonlocal last
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        last = (query[:, :, :1] @ key.mT * scale).softmax(-1) if attention_mask is None else None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
     try:
-        network.set_attn_implementation("eager")  # the only one that keeps its weights
-        attentions = run_model(network, pixel_values, output_attentions=True).attentions
+        if network._can_set_attn_implementation():
+            AttentionInterface.register("row_of_cls", keep_row_of_cls)
+            network.set_attn_implementation("row_of_cls")
+            with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled anew with every call
+                run_model(network, pixel_values)
+        if last is None:  # a network with attention of its own kind
+            network.set_attn_implementation("eager")
+            attentions = run_model(network, pixel_values, output_attentions=True).get("attentions")
+            last = attentions[-1] if attentions else None
     finally:
         network.set_attn_implementation(implementation)
-    return attentions[-1] if attentions else None
+    return last
 
 
 def _timm_attention(network: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor | None:
@@ -93,7 +111,8 @@ def _timm_attention(network: PreTrainedModel, pixel_values: torch.Tensor) -> tor
     attention.fused_attn = False  # which would not keep its weights
     try:
         extract = AttentionExtract(network.timm_model, ["blocks.*.attn.attn_drop"], method="hook")
-        maps = extract(pixel_values.to(network.device, network.dtype))
+        with taking(pixel_values):
+            maps = extract(pixel_values.to(network.device, network.dtype))
     finally:
         attention.fused_attn = was_fused
     return list(maps.values())[-1]

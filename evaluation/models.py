@@ -6,6 +6,8 @@ but what the image processor of M makes of an image: what a comparison starts fr
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +83,13 @@ def load_model(
         model = (
             RawPixels(num_channels(config)) if kind == "raw_pixels:" else AutoModel.from_config(config, dtype=dtype)
         )
+    network = getattr(model, "timm_model", None)
+    if getattr(network, "pos_embed", None) is not None and hasattr(network, "dynamic_img_size"):
+        # as that option of the constructor does, which networks without it do not know
+        from timm.layers import Format
+
+        network.dynamic_img_size, embedding = True, network.patch_embed
+        embedding.strict_img_size, embedding.flatten, embedding.output_fmt = False, False, Format.NHWC
     model.eval().to(PartialState().device)
     channels = num_channels(model.config)
     backend = "pil" if channels in PILLOW_MODES else "torchvision"
@@ -151,7 +160,17 @@ def run_model(model: PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
     """The output of a forward pass, at any size of image for which a network can place its position embeddings."""
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         kwargs["interpolate_pos_encoding"] = True
-    return model(pixel_values.to(model.device, model.dtype, non_blocking=True), **kwargs)
+    with taking(pixel_values):
+        return model(pixel_values.to(model.device, model.dtype, non_blocking=True), **kwargs)
+
+
+@contextmanager
+def taking(pixel_values: torch.Tensor) -> Iterator[None]:
+    """Of timm's networks, those that do not take images of such a size say it by an assertion; here, a ValueError."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"the model does not take images of {tuple(pixel_values.shape[-2:])}: {error}") from error
 
 
 def pooled(model: PreTrainedModel, output) -> torch.Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import transforms as T
-from transformers import AutoModel, ResNetConfig
+from transformers import AutoModel, ResNetConfig, TimmWrapperConfig
 
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.attention import cls_attention, fit_to_patches, mass_masks
@@ -267,3 +269,57 @@ def test_what_has_no_cls_attention_is_refused(kind, folder, photos, tmp_path, ca
     argv = ("attention", "--model", name, "--image", photos, "--image_size", 32, "--output", tmp_path / "a.png")
     assert "attention" in answer(evaluate_from_command_line, argv, capsys)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_attention_compiles_nothing(folder):
+    """Of a network whose blocks are compiled, as they may be in training."""
+    compiled = []
+    model = DINOModel.from_pretrained(folder)
+    pixel_values = torch.randn(1, 3, 32, 32)
+    expected = cls_attention(model, pixel_values)
+    for block in model.layers:
+        block.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    torch.testing.assert_close(cls_attention(model, pixel_values), expected)
+    assert not compiled
+    with torch.no_grad():
+        model(pixel_values)
+    assert compiled
+
+
+def test_attention_keeps_no_whole_matrix(folder):
+    """That of the large image would be all tokens by all tokens, a head and block."""
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **kwargs or {})
+            largest.extend(leaf.numel() for leaf in tree_leaves(output) if torch.is_tensor(leaf))
+            return output
+
+    model = DINOModel.from_pretrained(folder)
+    with Watch():
+        cls_attention(model, torch.randn(1, 3, 512, 512))
+    assert max(largest) < 4097**2
+
+
+def test_networks_of_timm_are_taken_at_any_size(photos, film, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    processing = {"mean": [0.4] * 3, "std": [0.3] * 3, "input_size": [3, 32, 32]}
+    for name in ("vit_tiny_patch16_224", "beit_base_patch16_224"):
+        config = TimmWrapperConfig(architecture=name, model_args=sizes, pretrained_cfg=processing)
+        AutoModel.from_config(config).save_pretrained(tmp_path / name)
+    argv = ["attention", "--image_size", "48"]
+    vit = [*argv, "--model", str(tmp_path / "vit_tiny_patch16_224")]
+    evaluate_from_command_line([*vit, "--image", str(photos), "--save_arrays", "--output", str(tmp_path / "figures")])
+    evaluate_from_command_line([*vit, "--video", str(film), "--output", str(tmp_path / "film.mp4")])
+    for name, rows, columns in (("portrait", 9, 6), ("landscape", 6, 12)):
+        arrays = np.load(tmp_path / f"figures/{name}.npz")
+        pixel_values = (torch.from_numpy(arrays["image"]).permute(2, 0, 1)[None] / 255 - 0.4) / 0.3
+        reference = AutoModel.from_pretrained(tmp_path / "vit_tiny_patch16_224")  # of timm's own resizing
+        reference.timm_model.set_input_size(img_size=tuple(pixel_values.shape[-2:]))
+        assert arrays["attention"].shape == (3, rows, columns)
+        expected = cls_attention(reference.eval(), pixel_values)[0]
+        np.testing.assert_allclose(arrays["attention"], expected, rtol=0, atol=1e-6)
+    beit = [*argv, "--model", tmp_path / "beit_base_patch16_224", "--image", photos, "--output", tmp_path / "b.png"]
+    assert "does not take images of (48, 96): Input height" in answer(evaluate_from_command_line, beit, capsys)
