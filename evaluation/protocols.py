@@ -29,8 +29,7 @@ from . import (
 from .report import Report
 
 
-PROTOCOLS = {
-    "features": features,
+MEASUREMENTS = {
     "knn": knn,
     "linear": linear,
     "logistic": logistic,
@@ -42,11 +41,14 @@ PROTOCOLS = {
     "copy_detection": copy_detection,
     "video_segmentation": video_segmentation,
     "segmentation_masks": segmentation_masks,
+}
+PICTURES = {
     "attention": attention,
     "pca": pca,
     "neighbours": neighbours,
     "embedding": embedding,
 }
+PROTOCOLS = {"features": features, **MEASUREMENTS, **PICTURES}
 
 
 def add_protocols(commands) -> None:

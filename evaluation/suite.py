@@ -25,7 +25,7 @@ from accelerate import PartialState
 from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest
 
 from .models import revision_of
-from .protocols import PROTOCOLS, add_protocols, measure_model
+from .protocols import MEASUREMENTS, add_protocols, measure_model
 from .report import Report
 
 
@@ -77,9 +77,9 @@ def read_config(path: Path, places: dict[str, str]) -> list[Entry]:
     for number, given in enumerate(config["measure"], start=1):
         flags = dict(given)
         protocol, show = flags.pop("protocol", None), flags.pop("show", None)
-        if protocol not in PROTOCOLS:
+        if protocol not in MEASUREMENTS:
             raise ValueError(
-                f"{path}, entry {number}: there is no protocol {protocol}{nearest(str(protocol), PROTOCOLS)}"
+                f"{path}, entry {number}: there is no protocol {protocol}{nearest(str(protocol), MEASUREMENTS)}"
             )
         used = [value for value in flags.values() if isinstance(value, str) and value in places]
         if len(used) != 1:
