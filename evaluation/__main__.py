@@ -2,6 +2,7 @@
 
 import warnings
 from argparse import Namespace
+from pathlib import Path
 
 from accelerate import PartialState
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar
@@ -11,7 +12,7 @@ from modeling_dino.command_line import Parser, run
 
 from . import suite
 from .processes import connect_processes
-from .protocols import add_command, add_protocols, measure_model
+from .protocols import MEASUREMENTS, add_command, add_protocols, measure_model
 from .report import format_table, write_reports
 
 
@@ -21,6 +22,8 @@ def measure(args: Namespace) -> None:
     for folder in ("features", "output_dir"):
         if len(models) > 1 and getattr(args, folder, None):
             raise ValueError(f"--{folder} is for one model, got {len(models)}; give each a folder of its own")
+    if getattr(args, "output", None) and Path(args.output).is_dir() and args.protocol in MEASUREMENTS:
+        raise ValueError(f"output must be a file, and {args.output} is a folder")
     reports = [measure_model(Namespace(**vars(args) | {"model": model})) for model in models]
     reports = [report for report in reports if report is not None]
     if reports and PartialState().is_main_process:

@@ -20,16 +20,22 @@ def add_model(parser: Parser, image_size: int | None = None, meaning: str | None
     )
 
 
-def add_dataset(parser: Parser) -> None:
+def add_images(parser: Parser) -> None:
+    """A data set of which only the images count."""
     parser.add_argument("--dataset_name", help="Hub id, or path of a folder, parquet, Arrow or tar file")
     parser.add_argument("--dataset_config_name", help="configuration of a data set that has several")
-    parser.add_argument("--train_split", default="train", help="split to learn from (default: %(default)s)")
     parser.add_argument(
         "--eval_split",
         help="split to evaluate on (default: test, else validation; if there is only one split, each of its images by "
         "the others, where a protocol can)",
     )
     parser.add_argument("--image_column", help="column of the images (default: the only one there is)")
+    parser.set_defaults(train_split="train", streaming=False, features=None)
+
+
+def add_dataset(parser: Parser) -> None:
+    add_images(parser)
+    parser.add_argument("--train_split", default="train", help="split to learn from (default: %(default)s)")
     parser.add_argument("--label_column", help="column of the labels (default: the class column, or `label`)")
     parser.add_argument("--streaming", action="store_true", help="read the data without preparing it first")
     parser.add_argument(

@@ -15,10 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_dino.command_line import Parser
 
-from .arguments import add_dataset
+from .arguments import add_images
 from .attention_figures import blend, color_map, draw_attention, draw_figures, enlarge
 from .attention_video import VIDEO_SUFFIXES, Video, write_video
-from .features import find_eval_split
+from .features import evaluating, find_eval_split
 from .images import decode_image, load_images
 from .models import (
     RawPixels,
@@ -56,15 +56,11 @@ def cls_attention(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.T
         ValueError: a network without CLS attention.
     """
     network = network_of(model)
-    was_training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         if network.config.model_type == "timm_wrapper":
             attention = _timm_attention(network, pixel_values)
         else:
             attention = _attention(network, pixel_values)
-    finally:
-        network.train(was_training)
     rows, columns = grid(network, pixel_values)
     if attention is None or attention.ndim != 4 or attention.shape[-1] <= rows * columns:
         raise ValueError(
@@ -158,7 +154,9 @@ def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 
 
 def fit_to_patches(image: np.ndarray, short_side: int, patch: int) -> np.ndarray:
-    """Resizes an image bilinearly to a short side, then cuts right and bottom to whole patches, as the original does.
+    """Resizes an image bilinearly to a short side, its aspect kept, then cuts right and bottom to whole patches.
+
+    The original cuts alike, but makes a square first.
 
     Args:
         image: (channels, height, width) in uint8.
@@ -205,7 +203,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--model", nargs=1, required=True, help="Hub id or folder of a Vision Transformer")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="image files, or folders of them")
     parser.add_argument("--video", metavar="FILE", help="video, for a video of the mean attention of each frame")
-    add_dataset(parser)
+    add_images(parser)
     parser.add_argument("--num_images", type=int, default=8, help="of a data set (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which of a data set (default: %(default)s)")
     parser.add_argument(
@@ -220,7 +218,11 @@ def add_arguments(parser: Parser) -> None:
         help="a .png for one sheet of all images, a folder for figures of each image, or, of --video, a video: "
         f"{', '.join(VIDEO_SUFFIXES)} (default: attention.png, attention.mp4)",
     )
-    parser.add_argument("--save_arrays", action="store_true", help="also write NAME.npz: image, attention and masks")
+    parser.add_argument(
+        "--save_arrays",
+        action="store_true",
+        help="also write images, attention and masks: into an .npz beside the sheet, or for each image",
+    )
     parser.add_argument("--overlay", action="store_true", help="video: the attention over the frames, not alone")
     parser.add_argument("--batch_size", type=int, default=1, help="frames per forward pass (default: %(default)s)")
 
@@ -234,6 +236,8 @@ def measure(args: Namespace) -> None:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     if not 0 < args.mass < 1:
         raise ValueError(f"mass must be between 0 and 1, got {args.mass}")
+    if args.video and args.save_arrays:
+        raise ValueError("save_arrays is for images; of a video, only the video is written")
     output = Path(args.output or ("attention.mp4" if args.video else "attention.png")).expanduser()
     _check_output(output, args.video)
     if not PartialState().is_main_process:
@@ -294,7 +298,7 @@ def _draw_images(args: Namespace, output: Path) -> None:
         raise ValueError(f"a sheet has at most {MAX_ROWS} rows, got {len(images)} images; give a folder as the output")
     names = _names(images)
     model, image_processor = _load(args)
-    sheet = []
+    sheet, arrays = [], {}
     for name, image in zip(tqdm(names, "attention", disable=None), images):
         pixels = decode_image(image, num_channels(model.config))
         if args.image or args.image_size is not None:
@@ -309,12 +313,15 @@ def _draw_images(args: Namespace, output: Path) -> None:
             sheet.append((picture, attention))
         else:
             draw_figures(picture, attention, masks, output, name)
-        if args.save_arrays:
-            folder = output.parent if is_sheet else output
-            folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(folder / f"{name}.npz", image=picture, attention=attention, masks=masks)
+        found = {"image": picture, "attention": attention, "masks": masks}
+        if args.save_arrays and is_sheet:
+            arrays |= {f"{name}_{what}": values for what, values in found.items()}
+        elif args.save_arrays:
+            np.savez_compressed(output / f"{name}.npz", **found)
     if is_sheet:
         draw_attention(*zip(*sheet), output)
+    if arrays:
+        np.savez_compressed(output.with_suffix(".npz"), **arrays)
     print(f"wrote {output}" if is_sheet else f"wrote the figures of {len(names)} images to {output}")
 
 

@@ -177,15 +177,16 @@ def read_pairs(path: Path) -> Copies:
     return Copies(originals, {"pairs": pairs}, [])
 
 
-def with_means(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores by block, and before those of JPEGs and of crops all of them as one, whose mean is the blocks' mean where
-    they have as many copies."""
+def means_of_blocks(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """The mean over all copies in the blocks of JPEGs, and in those of crops.
+
+    Copies of one original are not independent, and so these means get no interval.
+    """
     grouped: dict[str, list[np.ndarray]] = {}
     for block, values in scores.items():
-        grouped.setdefault(block.partition("/")[0], []).append(values)
-    return {f"{name}_mAP": np.concatenate(parts) for name, parts in grouped.items()} | {
-        f"{block}_mAP": values for block, values in scores.items()
-    }
+        if "/" in block:
+            grouped.setdefault(block.partition("/")[0], []).append(values)
+    return {f"{name}_mAP": float(np.nanmean(np.concatenate(parts))) for name, parts in grouped.items()}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -261,4 +262,6 @@ def measure(args: Namespace) -> Report:
     }
     if copies.absent and PartialState().is_main_process:
         print(f"left out, as there are no images: {', '.join(copies.absent)}")
-    return make_report(args, describe_model(model, args.model), data, in_percent(with_means(by_block)))
+    scores = in_percent({f"{block}_mAP": values for block, values in by_block.items()})
+    values = {name: 100 * value for name, value in means_of_blocks(by_block).items()}
+    return make_report(args, describe_model(model, args.model), data, scores, values)

@@ -30,6 +30,7 @@ from .arguments import add_dataset, add_extraction, add_model
 from .images import content_of, decode_image, load_images, pixel_hash, split_names
 from .models import describe_model, load_model, num_channels, pooled, run_model, to_pixel_values
 from .processes import of_all_processes
+from .report import write_text
 
 
 PART_SIZE = 4096  # images in a file of kept features
@@ -111,7 +112,7 @@ def extract_features(
     features = _join(of_all_processes(share, description))
     if not len(features):
         raise ValueError(f"there are no images to compute {description} of")
-    features.class_names = _class_names(dataset)
+    features.class_names = class_names(dataset)
     return features
 
 
@@ -124,9 +125,16 @@ def _join(parts: list[Features]) -> Features:
     )
 
 
-def _class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
+def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
     labels = dataset.features.get("label")
     return labels.names if isinstance(labels, ClassLabel) else None
+
+
+def describe_data(args: Namespace, split: str, dataset: Dataset | IterableDataset) -> dict:
+    """What tells a split from another, before its images are read; of a stream, not whether its files have changed."""
+    data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split}
+    data |= {"image_column": args.image_column, "label_column": args.label_column}
+    return data | ({"fingerprint": dataset._fingerprint} if isinstance(dataset, Dataset) else {})
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def keep_features(
     folder: Path,
     name: str,
     model: PreTrainedModel,
-    dataset: Dataset | IterableDataset,
+    dataset: Dataset,
     image_processor,
     data: dict,
     batch_size: int = 64,
@@ -186,8 +194,8 @@ def keep_features(
 ) -> Features:
     """`extract_features` with `folder` to keep them in: what is there already is not computed again.
 
-    Every process computes parts of its own, in the order of the data set, streams too; a file that is there is whole.
-    Features are kept in the model's dtype.
+    Every process computes parts of its own, in the order of the data set; a file that is there is whole. Features are
+    kept in the model's dtype.
 
     Args:
         folder: `part-00000.safetensors` and on (features, hashes, and labels as JSON in the metadata) and
@@ -197,15 +205,18 @@ def keep_features(
         Others: see `extract_features`.
 
     Raises:
-        ValueError: features of another model, data set, image processor or dtype in `folder`.
+        ValueError: a stream, of which no part can be read alone; features of another model, data set, image processor
+            or dtype in `folder`.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("features of a stream cannot be kept: leave out --streaming or --features")
     state = PartialState()
     manifest = {
         "model": describe_model(model, name),
         "data": data,
         "image_processor": json.loads(json.dumps(image_processor.to_dict(), default=str)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "class_names": _class_names(dataset),
+        "class_names": class_names(dataset),
         "part_size": PART_SIZE,
         "num_images": None,
     }
@@ -215,7 +226,7 @@ def keep_features(
         for key in manifest.keys() - {"num_images", "class_names"}:
             if kept[key] != manifest[key]:
                 raise ValueError(
-                    f"{folder} has features of another {key} ({_short(kept[key])}, not {_short(manifest[key])}); "
+                    f"{folder} has features of another {key} ({_difference(kept[key], manifest[key])}); "
                     "choose another folder"
                 )
         if kept["num_images"] is not None:
@@ -223,59 +234,40 @@ def keep_features(
     state.wait_for_everyone()  # all have looked before the first one writes
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(manifest, indent=2))
+        write_text(path, json.dumps(manifest, indent=2))
     state.wait_for_everyone()
 
-    num_parts = math.ceil(len(dataset) / PART_SIZE) if isinstance(dataset, Dataset) else None
+    num_parts = math.ceil(len(dataset) / PART_SIZE)
 
-    def share() -> int:
-        """Computes this process's parts; returns the number of images in them."""
-        number, part = 0, state.process_index
-        while num_parts is None or part < num_parts:
+    def share() -> None:
+        """Computes this process's parts."""
+        for part in range(state.process_index, num_parts, state.num_processes):
             file = folder / f"part-{part:05d}.safetensors"
-            if not file.exists():
-                start = part * PART_SIZE
-                if isinstance(dataset, Dataset):
-                    rows = dataset.select(range(start, min(start + PART_SIZE, len(dataset))))
-                else:
-                    rows = dataset.skip(start).take(PART_SIZE)
-                description = f"{data['split']}, part {part + 1}" + (f" of {num_parts}" if num_parts else "")
-                computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description)
-                if not len(computed):
-                    break
-                temporary = file.with_suffix(".incomplete")
-                save_file(
-                    {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)},
-                    temporary,
-                    {"labels": json.dumps(computed.labels.tolist())},
-                )
-                temporary.replace(file)
-            with safe_open(file, "pt") as opened:
-                in_file = opened.get_slice("hashes").get_shape()[0]
-            number += in_file
-            if in_file < PART_SIZE:
-                break
-            part += state.num_processes
-        return number
+            if file.exists():
+                continue
+            rows = dataset.select(range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(dataset))))
+            description = f"{data['split']}, part {part + 1} of {num_parts}"
+            computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description)
+            temporary = file.with_suffix(".incomplete")
+            save_file(
+                {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)},
+                temporary,
+                {"labels": json.dumps(computed.labels.tolist())},
+            )
+            temporary.replace(file)
 
-    manifest["num_images"] = sum(of_all_processes(share, f"features of {data['split']}"))
-    if not manifest["num_images"]:
-        raise ValueError(f"there are no images to compute features of in {data['name']}, split {data['split']}")
+    of_all_processes(share, f"features of {data['split']}")
     if state.is_main_process:
-        _write(path, json.dumps(manifest, indent=2))
+        write_text(path, json.dumps(manifest | {"num_images": len(dataset)}, indent=2))
     state.wait_for_everyone()
     return read_features(folder)
 
 
-def _short(value) -> str:
-    text = value.get("name", "other settings") if isinstance(value, dict) else str(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+def _difference(kept, given) -> str:
+    if not isinstance(kept, dict):
+        return f"{kept}, not {given}"
+    names = [name for name in dict.fromkeys([*kept, *given]) if kept.get(name) != given.get(name)]
+    return ", ".join(f"{name} {kept.get(name)}, not {given.get(name)}" for name in names)
 
 
 def read_features(folder: Path) -> Features:
@@ -313,9 +305,13 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     no_labels = f"split {split} of {args.dataset_name or args.features} has no labels, or not of every image; name "
     no_labels += "their column by --label_column"
     if args.features and not args.model:
+        if args.image_size is not None:
+            raise ValueError("image_size is for a --model; these features are what they are")
         features = read_features(Path(args.features) / split)
     else:
         features = _new_features(args, split, no_labels if with_labels else None)
+    if features.class_names and (features.labels == -1).any():  # as `datasets` writes that there is none
+        features.labels = np.where(features.labels == -1, None, features.labels)
     if with_labels and any(label is None for label in features.labels):
         raise ValueError(no_labels)
     return features
@@ -332,9 +328,7 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
     if no_labels and "label" not in dataset.column_names:
         raise ValueError(no_labels)
     model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
-    data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split}
-    if isinstance(dataset, Dataset):
-        data["fingerprint"] = dataset._fingerprint  # another one where files of the same name have changed
+    data = describe_data(args, split, dataset)
     if args.features:
         folder = Path(args.features) / split
         return keep_features(
@@ -365,8 +359,18 @@ def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
             f"split {train.data['split']} of {train.data['name']} has images of one class only, {train.labels[0]}"
         )
     if test is not None:
+        check_class_names(train.class_names, test.class_names)
         warn_of_shared_images(train.hashes, test.hashes)
     return train, test
+
+
+def check_class_names(train: list[str] | None, test: list[str] | None) -> None:
+    """Labels are compared by their numbers."""
+    if train and test and train != test:
+        differing = [names for names in zip(train, test) if names[0] != names[1]] or [(len(train), len(test))]
+        raise ValueError(
+            f"the training and the test split name their classes differently: {differing[0][0]} and {differing[0][1]}"
+        )
 
 
 def warn_of_shared_images(train_hashes: np.ndarray, test_hashes: np.ndarray) -> None:
@@ -387,7 +391,11 @@ def find_eval_split(args: Namespace) -> str:
     if args.eval_split:
         return args.eval_split
     if args.features and not args.model:
-        names = sorted(path.parent.name for path in Path(args.features).glob("*/manifest.json"))
+        names = [
+            path.parent.name
+            for path in Path(args.features).glob("*/manifest.json")
+            if json.loads(path.read_text())["data"]["split"] == path.parent.name
+        ]  # else inputs of `linear`
     else:
         names = split_names(args.dataset_name, args.dataset_config_name, args.streaming)
     for name in ("test", "validation"):
@@ -402,14 +410,16 @@ def add_arguments(parser: Parser) -> None:
     add_model(parser)
     add_dataset(parser)
     add_extraction(parser)
-    parser.add_argument("--splits", nargs="+", default=["train", "test"], help="splits (default: train test)")
+    parser.add_argument("--splits", nargs="+", help="splits (default: all that there are)")
 
 
 def measure(args: Namespace) -> None:
     """The command `features`: fills --features."""
     if not args.features:
         raise ValueError("give --features, the folder to write")
-    for split in args.splits:
+    if not args.model or not args.dataset_name:
+        raise ValueError("give --model and --dataset_name")
+    for split in args.splits or split_names(args.dataset_name, args.dataset_config_name, args.streaming):
         features = features_of(args, split)
         if PartialState().is_main_process:
             shape = " x ".join(map(str, features.features.shape))

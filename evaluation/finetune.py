@@ -18,16 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_model, add_output
-from .features import extract_features, warn_of_shared_images
+from .features import class_names, describe_data, extract_features, warn_of_shared_images
 from .images import content_of
 from .models import describe_model, load_model, num_channels, run_model
 from .processes import of_all_processes
@@ -36,7 +37,6 @@ from .supervised import (
     AugmentedImages,
     Batches,
     ComputedFeatures,
-    class_names,
     evaluation_split,
     hits,
     index_classes,
@@ -87,9 +87,14 @@ def load_classifier(name: str, names: Sequence[str], drop_path_rate: float | Non
         config.freeze_backbone = False
     if kind == "untrained":
         return AutoModelForImageClassification.from_config(config)
-    return AutoModelForImageClassification.from_pretrained(
-        source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-    )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of the new classifier reads as if weights were missing
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _has_drop_path(config: PreTrainedConfig) -> bool:
@@ -222,7 +227,8 @@ def train(
     Raises:
         ValueError: a loss that is not finite, or a checkpoint of other settings.
     """
-    accelerator = Accelerator()
+    # DINOv2's mask token, say, has no gradient
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     options = {}
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         options["interpolate_pos_encoding"] = True  # as `run_model` does
@@ -340,8 +346,7 @@ def measure(args: Namespace) -> Report:
     batch_size = args.batch_size * accelerator.num_processes
     order = Batches(np.arange(len(targets)), batch_size, args.seed)
     transform = make_transform(image_processor, channels, args.rand_augment, args.random_erasing)
-    data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": args.train_split}
-    data["num_images"] = len(training)
+    data = describe_data(args, args.train_split, training) | {"num_images": len(training)}
     precision = accelerator.mixed_precision
     settings = run_settings(
         args, batch_size=batch_size, model=described, train=data, classes=names, mixed_precision=precision
@@ -372,6 +377,6 @@ def measure(args: Namespace) -> Report:
     hashes = np.concatenate(of_all_processes(lambda: hashes, "hashes of the training images"))
     warn_of_shared_images(hashes, logits.hashes)
     scores = hits(logits.features, torch.from_numpy(test_targets), "finetune")
-    test_data = data | {"split": evaluation_split(args)} | content_of(logits.hashes)
+    test_data = describe_data(args, evaluation_split(args), test) | content_of(logits.hashes)
     about = {"train": data, "test": test_data, "batch_size_of_all": batch_size, "mixed_precision": precision}
     return make_report(args, described, about, scores)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.nn import functional as F
 
 from modeling_dino.command_line import Parser
@@ -129,6 +130,10 @@ def measure(args: Namespace) -> Report:
         raise ValueError(f"k must be at least 1 and temperature above 0, got {args.k} and {args.temperature}")
     train, test = labelled_features(args)
     against = (None, None) if test is None else (test.features, test.labels)
-    hits = knn_hits(train.features, train.labels, *against, args.k, args.temperature)
+    num_unknown = 0 if test is None else int((~np.isin(test.labels, train.labels)).sum())
+    if num_unknown and PartialState().is_main_process:
+        warnings.warn(f"{num_unknown} of the {len(test)} test images are of classes that no training image has")
+    bank = train.features.to(PartialState().device)
+    hits = knn_hits(bank, train.labels, *against, args.k, args.temperature)
     data = {"train": train.data} | ({"leave_one_out": True} if test is None else {"test": test.data})
     return make_report(args, train.model, data, {name: 100.0 * hit for name, hit in hits.items()})

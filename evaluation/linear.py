@@ -8,6 +8,7 @@ one that has seen all, give the selected learning rate alone.
 """
 
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,16 @@ from modeling_dino import DINOConfig, DINOForImageClassification, DINOModel
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
-from .features import DTYPES, Features, extract_features, features_of, keep_features, warn_of_shared_images
+from .features import (
+    DTYPES,
+    Features,
+    class_names,
+    describe_data,
+    extract_features,
+    features_of,
+    keep_features,
+    warn_of_shared_images,
+)
 from .images import content_of, load_images
 from .models import describe_model, load_model, num_channels, tokens
 from .processes import of_all_processes
@@ -37,7 +47,6 @@ from .supervised import (
     AugmentedImages,
     Batches,
     ComputedFeatures,
-    class_names,
     evaluation_split,
     hits,
     index_classes,
@@ -339,12 +348,10 @@ class CroppedImages:
         self.args, self.network, self.image_processor = args, network, image_processor
         self.images, test = load_splits(args)
         self.labels, self.class_names = self.images["label"][:], class_names(self.images)
-        self.data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": args.train_split}
+        self.data = describe_data(args, args.train_split, self.images)
         self.data |= {"num_images": len(self.images), "augmentation": True}
         self.test = self._extract(test, evaluation_split(args))
-        self.test.data = (
-            self.data | {"split": evaluation_split(args), "augmentation": False} | content_of(self.test.hashes)
-        )
+        self.test.data = describe_data(args, evaluation_split(args), test) | content_of(self.test.hashes)
         self._hashes: list[torch.Tensor] = []  # of this process's images in the first epoch
 
     def batches(self, targets: np.ndarray, order: Batches) -> Callable:
@@ -417,9 +424,7 @@ class KeptFeatures:
         kind += "-avgpool" * inputs["avgpool_patchtokens"] + "-interleaved" * inputs["interleave_features"]
         columns = (args.image_column, args.label_column, args.streaming)
         images = load_images(args.dataset_name, args.dataset_config_name, split, *columns)
-        data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split, "inputs": kind}
-        if isinstance(images, Dataset):
-            data["fingerprint"] = images._fingerprint
+        data = describe_data(args, split, images) | {"inputs": kind}
         return keep_features(
             Path(args.features) / f"{split}-{kind}", args.model, self.network, images, self.image_processor, data,
             args.batch_size, args.num_workers,
@@ -438,6 +443,8 @@ def measure(args: Namespace) -> Report:
     if not args.model:
         if not args.features or folder is not None:
             raise ValueError("give --model; --features alone can be measured, but there is nothing to save with them")
+        if args.n_last_blocks not in (None, 1) or args.avgpool_patchtokens or args.interleave_features:
+            raise ValueError("these features are of the last block's pooled output; other inputs need --model")
         model, image_processor, network = None, None, None
         inputs = {"n_last_blocks": 1, "avgpool_patchtokens": False, "interleave_features": False}
     else:
@@ -453,6 +460,8 @@ def measure(args: Namespace) -> Report:
         network = ComputedFeatures(model, lambda pixel_values: linear_inputs(model, pixel_values, **inputs))
 
     if args.features:
+        if PartialState().is_main_process:
+            warnings.warn("kept features are those of whole images: the paper's classifier learns from random crops")
         images = KeptFeatures(args, network, image_processor, inputs)
     else:
         images = CroppedImages(args, network, image_processor)
@@ -482,7 +491,7 @@ def measure(args: Namespace) -> Report:
         save_classifier(folder, model, image_processor, classifiers[selected], names, **inputs)
     data = {"train": images.data, "test": images.test.data, "inputs": inputs, "batch_size_of_all": batch_size}
     data |= {"num_trained": len(order.indices), "num_held_out": len(held_out)}
-    return make_report(args, described, data, scores, {"selected_learning_rate": rates[selected]})
+    return make_report(args, described, data | {"selected_learning_rate": rates[selected]}, scores)
 
 
 def _has_blocks(model: PreTrainedModel) -> bool:

@@ -222,4 +222,4 @@ def measure(args: Namespace) -> Report:
     train, test = two_splits(args)
     hits, c = logistic_hits(train.features, train.labels, test.features, test.labels, args.c, args.max_iter, args.seed)
     scores = {name: 100.0 * hit for name, hit in hits.items()}
-    return make_report(args, train.model, {"train": train.data, "test": test.data}, scores, {"logistic_C": c})
+    return make_report(args, train.model, {"train": train.data, "test": test.data, "selected_c": c}, scores)

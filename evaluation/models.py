@@ -110,14 +110,13 @@ def _kind_and_source(name: str) -> tuple[str, str]:
 
 
 def revision_of(name: str) -> str | None:
-    """The commit of the Hub, or the hash of the weights' files in a folder; None of a network without weights."""
+    """The commit of the Hub, or the hash of a folder's JSON files and, where they count, weights."""
     kind, source = _kind_and_source(name)
-    if kind:
-        return None
+    suffixes = (".json",) if kind else (".json", ".safetensors", ".bin")
     if not Path(source).is_dir():
         return AutoConfig.from_pretrained(source)._commit_hash
     digest = hashlib.sha256()
-    for path in sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".bin")):
+    for path in sorted(path for path in Path(source).iterdir() if path.suffix in suffixes):
         digest.update(path.read_bytes())
     return f"sha256:{digest.hexdigest()[:16]}"
 
@@ -231,7 +230,7 @@ def tokens(model: PreTrainedModel, pixel_values: torch.Tensor, n: int = 1) -> li
     if n == 1:
         return [last]
     norm = getattr(network, "layernorm", getattr(network, "norm", None))
-    if norm is None or output.last_hidden_state.ndim != 3 or len(output.hidden_states) < n:
+    if norm is None or output.last_hidden_state.ndim != 3 or len(output.hidden_states) <= n:
         raise ValueError(f"a {type(network).__name__} has no {n} last blocks to look at; use 1")
     earlier = [norm(hidden_states) for hidden_states in output.hidden_states[-n:-1]]
     return [_split_tokens(network, block, block[:, 0], pixel_values) for block in earlier] + [last]

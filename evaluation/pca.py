@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from modeling_dino.command_line import Parser
 
-from .arguments import add_dataset, add_model
+from .arguments import add_images, add_model
 from .features import find_eval_split
 from .images import decode_image, load_images
 from .landmarks import crop_to_patches
@@ -118,7 +118,7 @@ def draw_colors(images: Sequence[np.ndarray], colors: Sequence[np.ndarray]):
 
 def add_arguments(parser: Parser) -> None:
     add_model(parser, IMAGE_SIZE, "shorter side of the images in pixels, their aspect is kept", several=False)
-    add_dataset(parser)
+    add_images(parser)
     add_picture(parser, "pca.png", 8, "what to show")
     parser.add_argument(
         "--foreground",

@@ -101,20 +101,26 @@ def make_report(
     )
 
 
+def format_value(report: Report, name: str) -> str:
+    """A value with its interval; nothing if the report does not have it."""
+    if name not in report.values:
+        return ""
+    low, high = report.intervals.get(name, (None, None))
+    return f"{report.values[name]:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+
+
+def short_name(model: str) -> str:
+    """The end of a long name, and what stands before it: what tells models apart."""
+    kind, colon, source = model.rpartition(":")
+    return f"{kind}{colon}{source if len(source) < 33 else '…' + source[-32:]}"
+
+
 def format_table(reports: list[Report]) -> str:
     """A row for each value and a column for each model, with intervals."""
     columns = [report.model["name"] for report in reports]
     rows = list(dict.fromkeys(name for report in reports for name in report.values))
-    cells = [["", *(column[-34:] for column in columns)]]
-    for row in rows:
-        line = [row]
-        for report in reports:
-            value = f"{report.values[row]:.2f}" if row in report.values else ""
-            if row in report.intervals:
-                low, high = report.intervals[row]
-                value += f" [{low:.2f}, {high:.2f}]"
-            line.append(value)
-        cells.append(line)
+    cells = [["", *map(short_name, columns)]]
+    cells += [[row, *(format_value(report, row) for report in reports)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -122,8 +128,15 @@ def format_table(reports: list[Report]) -> str:
     )
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file that is there is whole."""
+    temporary = path.with_name(f"{path.name}.incomplete")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
 def write_reports(reports: list[Report], output: str) -> None:
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(report) for report in reports], indent=2, default=str) + "\n")
+    write_text(path, json.dumps([asdict(report) for report in reports], indent=2, default=str))
     print(f"wrote {path}")

@@ -5,6 +5,7 @@ detection: the one of those benchmarks' own evaluation, the area under the line 
 precision-recall curve.
 """
 
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from itertools import chain
@@ -130,6 +131,10 @@ def in_percent(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     answered = {name: values for name, values in answered.items() if len(values)}
     if not answered:
         raise ValueError("no query has a positive among the images to be found, so there is nothing to measure")
+    idle = max(int(np.isnan(values).sum()) for values in scores.values())
+    if 0 < idle and PartialState().is_main_process:
+        number = len(next(iter(scores.values())))
+        warnings.warn(f"{idle} of the {number} queries have nothing to find, at least at one level, and are left out")
     return answered
 
 

@@ -9,7 +9,8 @@ A config names the data and what to measure on it:
         dataset_name: imagenet
         show: [knn_20_top1]           # rows of the table; all without it
 
-Every report is written when it is there, and a suite that is started again goes on after the last one.
+Every report is written when it is there, and a suite that is started again goes on after the last one, unless model,
+data or settings have changed. A measurement that fails leaves its cell empty, and is told at the end.
 """
 
 import csv
@@ -21,29 +22,32 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
+from datasets import load_dataset_builder
 
-from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest
+from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest, one_line
 
+from .images import is_path
 from .models import revision_of
+from .processes import of_all_processes
 from .protocols import MEASUREMENTS, add_protocols, measure_model
-from .report import Report
+from .report import Report, format_value, short_name, write_text
 
 
 # see other crops of an image in every epoch, so that kept features are not for them
 _AUGMENTED = ("linear", "finetune")
+_ABOUT_FEATURES = ("dataset_name", "dataset_config_name", "image_column", "label_column", "image_size", "dtype")
 
 
 @dataclass
 class Entry:
-    """A measurement of the config: its parsed flags without a model, the data that it needs, the values to show."""
+    """A measurement of the config: what the table calls it, its parsed flags without a model, the name and place of
+    the data that it needs, the values to show."""
 
+    name: str
     args: Namespace
     data: str
+    place: str
     show: list[str] | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.args.protocol}, {self.data}"
 
 
 @dataclass
@@ -70,6 +74,9 @@ def read_config(path: Path, places: dict[str, str]) -> list[Entry]:
     for name in places:
         if name not in config["data"]:
             raise ValueError(f"{path} has no data named {name}{nearest(name, config['data'])}")
+    for place in places.values():
+        if is_path(place) and not Path(place).expanduser().exists():
+            raise ValueError(f"there is no {place}, given by --data")
     places = config["data"] | places
     parser = Parser(prog=str(path))
     add_protocols(parser.add_subparsers(dest="protocol", parser_class=Parser))
@@ -93,63 +100,79 @@ def read_config(path: Path, places: dict[str, str]) -> list[Entry]:
             argv += [f"--{name}", *(places[used[0]] if item == used[0] else str(item) for item in values)]
         args = parser.parse_args(argv)
         del args.debug
-        entries.append(Entry(args, used[0], show))
+        name = f"{protocol}, {used[0]}"
+        if sum(other.get("protocol") == protocol and used[0] in other.values() for other in config["measure"]) > 1:
+            name += "".join(f", {flag} {value}" for flag, value in flags.items() if value != used[0])
+        entries.append(Entry(name, args, used[0], places[used[0]], show))
     return entries
 
 
-def is_at_hand(entry: Entry) -> bool:
-    """Whether an entry's data can be read: a path that is there, or a data set that the Hub or its cache has."""
-    place = next(value for name, value in vars(entry.args).items() if name in ("dataset_name", "root") and value)
+def is_at_hand(place: str) -> bool:
+    """Whether data can be read: a path that is there, or a data set that the Hub or its cache has."""
     if Path(place).expanduser().exists():
         return True
-    if getattr(entry.args, "dataset_name", None) != place:
+    if is_path(place):
         return False
-    from datasets import load_dataset_builder
-
     try:
-        load_dataset_builder(place, entry.args.dataset_config_name)
+        load_dataset_builder(place)
+    except ValueError:  # it is there, and wants a configuration, which an entry may name
+        return True
     except Exception:  # whatever the Hub, the network or their libraries raise: it is not at hand
         return False
     return True
 
 
-def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[dict, dict[str, str]]:
-    """Reports by model and number of the entry, and what failed, with its reason; see the module."""
+def state_of(place: str) -> str | None:
+    """A hash of the names, sizes and times of all files of a path; None of a data set of the Hub."""
+    path = Path(place).expanduser()
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _key(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[dict, dict]:
+    """Reports and reasons of failures, both by model and number of the entry; see the module."""
     reports, failures = {}, {}
     revisions = {model: revision_of(model) for model in models}  # a mistyped name is told before hours of work
+    states = {place: state_of(place) for place in {entry.place for entry in entries}}
+    is_main = PartialState().is_main_process
     for model in models:
         for number, entry in enumerate(entries):
             args = Namespace(**vars(entry.args) | {"model": model})
-            settings = {"flags": vars(args), "revision": revisions[model]}
-            key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-            path = folder / "reports" / f"{args.protocol}-{key}.json"
+            path = (
+                folder / "reports" / f"{args.protocol}-{_key(vars(args), revisions[model], states[entry.place])}.json"
+            )
             if path.exists():
-                reports[model, number] = _checked(Report(**json.loads(path.read_text())), entry)
+                reports[model, number] = Report(**json.loads(path.read_text()))
+                if is_main:
+                    print(f"{entry.name}: {model} (was there already)")
                 continue
-            if "features" in vars(args) and args.protocol not in _AUGMENTED and args.dataset_name:
-                source = f"{model} {args.dataset_name} {args.dataset_config_name} {args.image_size} {args.dtype}"
-                args.features = str(folder / "features" / hashlib.sha256(source.encode()).hexdigest()[:12])
-            if PartialState().is_main_process:
+            if "features" in vars(args) and args.protocol not in _AUGMENTED:
+                source = {name: getattr(args, name) for name in _ABOUT_FEATURES}
+                source_key = _key(source, model, revisions[model], states[entry.place])
+                args.features = str(folder / "features" / source_key)
+            if is_main:
                 print(f"{entry.name}: {model}", flush=True)
             try:
                 report = measure_model(args)
-            except (ValueError, OSError, ImportError) as error:
-                failures[f"{entry.name}: {model}"] = str(error)
+                if report is None:
+                    raise ValueError("there was nothing to measure")
+            except Exception as error:  # a network of any library may not take an image: the others go on
+                failures[model, number] = one_line(error)
                 continue
             reports[model, number] = report
-            if PartialState().is_main_process:
+            if is_main:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(asdict(report), indent=2, default=str) + "\n")
-            _checked(report, entry)
+                write_text(path, json.dumps(asdict(report), indent=2, default=str))
     return reports, failures
-
-
-def _checked(report: Report, entry: Entry) -> Report:
-    """The report, if it has what the config shows of it."""
-    for name in entry.show or []:
-        if name not in report.values:
-            raise ValueError(f"{entry.name} has no value {name} to show{nearest(name, report.values)}")
-    return report
 
 
 def make_rows(entries: list[Entry], models: list[str], reports: dict) -> list[Row]:
@@ -165,14 +188,7 @@ def make_rows(entries: list[Entry], models: list[str], reports: dict) -> list[Ro
 def to_markdown(rows: list[Row], models: list[str]) -> str:
     lines = ["| protocol, data | value | " + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
     for row in rows:
-        cells = []
-        for model in models:
-            report = row.reports.get(model)
-            cell = "" if report is None else f"{report.values[row.value]:.2f}"
-            if report is not None and row.value in report.intervals:
-                low, high = report.intervals[row.value]
-                cell += f" [{low:.2f}, {high:.2f}]"
-            cells.append(cell)
+        cells = [format_value(row.reports[model], row.value) if model in row.reports else "" for model in models]
         lines.append(f"| {row.entry.name} | {row.value} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -181,14 +197,13 @@ def write_csv(rows: list[Row], path: Path) -> None:
     """A line for each value of each model."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["protocol", "data", "name", "model", "revision", "value", "low", "high"])
+        writer.writerow(["measurement", "name", "model", "revision", "value", "low", "high"])
         for row in rows:
             for model, report in row.reports.items():
                 low, high = report.intervals.get(row.value, ("", ""))
                 writer.writerow(
-                    [row.entry.args.protocol, row.entry.data, row.value, model, report.model["revision"],
-                     report.values[row.value], low, high]
-                )  # fmt: skip
+                    [row.entry.name, row.value, model, report.model["revision"], report.values[row.value], low, high]
+                )
 
 
 def draw(rows: list[Row], models: list[str], path: Path) -> None:
@@ -203,21 +218,22 @@ def draw(rows: list[Row], models: list[str], path: Path) -> None:
     height = 0.65 + 0.28 * len(models)
     figure, axes = plt.subplots(
         num_rows, num_columns, figsize=(1.5 + 2.6 * num_columns, 0.2 + height * num_rows), squeeze=False, sharey=True,
-        layout="constrained",
+        sharex=True, layout="constrained",
     )  # fmt: skip
     colors = plt.get_cmap("tab10").colors
     for axis, row in zip(axes.flat, rows):
         for place, model in enumerate(models):
             if model not in row.reports:
                 continue
-            report = row.reports[model]
-            value = report.values[row.value]
+            value = row.reports[model].values[row.value]
+            low, high = row.reports[model].intervals.get(row.value, (value, value))
             axis.barh(place, value, color=colors[place % 10], height=0.7)
-            if row.value in report.intervals:
-                low, high = report.intervals[row.value]
-                axis.plot([low, high], [place, place], color="black", linewidth=1)
+            axis.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", linewidth=1, capsize=2)
+            axis.text(high + 1.5, place, f"{value:.1f}", fontsize=7, va="center")
         axis.set_title(f"{row.entry.name}\n{row.value}", fontsize=8)
-        axis.set_yticks(range(len(models)), [_short(model) for model in models], fontsize=8)
+        axis.set_xlim(0, 115)
+        axis.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
+        axis.set_yticks(range(len(models)), [short_name(model) for model in models], fontsize=8)
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].invert_yaxis()
@@ -225,12 +241,6 @@ def draw(rows: list[Row], models: list[str], path: Path) -> None:
         axis.set_axis_off()
     figure.savefig(path, dpi=200)
     plt.close(figure)
-
-
-def _short(model: str) -> str:
-    """The end of a long name: what tells paths apart."""
-    kind, colon, source = model.rpartition(":")
-    return f"{kind}{colon}{source if len(source) < 26 else '…' + source[-25:]}"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -249,21 +259,31 @@ def measure(args: Namespace) -> None:
     path = find_config(args.config, CONFIGS / "eval", ".yaml")
     entries = read_config(path, dict(given.split("=", 1) for given in args.data))
     is_main, folder = PartialState().is_main_process, Path(args.output_dir)
-    at_hand = [entry for entry in entries if is_at_hand(entry)]
+    # one process asks the Hub, lest the others hear something else
+    places = of_all_processes(lambda: {e.place: is_at_hand(e.place) for e in entries} if is_main else {}, "the data")[
+        0
+    ]
+    at_hand = [entry for entry in entries if places[entry.place]]
     if is_main:
-        for name in dict.fromkeys(entry.data for entry in entries if entry not in at_hand):
+        for name in dict.fromkeys(entry.data for entry in entries if not places[entry.place]):
             print(f"left out: there is no {name} here; say where it lies by --data {name}=PLACE")
     if not at_hand:
         raise ValueError(f"none of the data of {path} is at hand")
     reports, failures = measure_all(at_hand, args.model, folder)
+    rows = make_rows(at_hand, args.model, reports)
     if is_main and reports:
-        rows = make_rows(at_hand, args.model, reports)
         table = to_markdown(rows, args.model)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(table)
+        write_text(folder / "table.md", table)
         write_csv(rows, folder / "table.csv")
         draw(rows, args.model, folder / "table.png")
         print(f"\n{table}\nwrote {folder}/table.md, table.csv, table.png and reports/")
-    if failures:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise ValueError(f"{len(failures)} of {len(at_hand) * len(args.model)} measurements failed: {reasons}")
+    reasons = [f"{at_hand[number].name}: {model}: {reason}" for (model, number), reason in failures.items()]
+    if reasons:
+        of = len(at_hand) * len(args.model)
+        raise ValueError(f"{len(reasons)} of {of} measurements failed: {'; '.join(reasons)}")
+    for row in rows:
+        if not row.reports:
+            names = list(dict.fromkeys(name for (_, number), report in reports.items()
+                                       if at_hand[number] is row.entry for name in report.values))  # fmt: skip
+            raise ValueError(f"{row.entry.name} has no value {row.value} to show{nearest(row.value, names)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
-from .features import find_eval_split
+from .features import check_class_names, class_names, find_eval_split
 from .images import decode_image, load_images, pixel_hash
 from .models import mean_and_std, to_pixel_values
 
@@ -170,6 +170,7 @@ def load_splits(args: Namespace) -> tuple[Dataset, Dataset]:
                 f"{args.protocol} needs labels, and split {split} of {args.dataset_name} has no label column; name it "
                 "by --label_column"
             )
+    check_class_names(*(class_names(split) for split in splits))
     return tuple(splits)
 
 
@@ -183,11 +184,6 @@ def evaluation_split(args: Namespace) -> str:
     if split == args.train_split:
         raise ValueError(f"{args.protocol} trains on {split} and needs another split to evaluate on, by --eval_split")
     return split
-
-
-def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
-    labels = dataset.features["label"]
-    return labels.names if isinstance(labels, ClassLabel) else None
 
 
 def index_classes(

@@ -161,8 +161,8 @@ def test_command_measures_what_a_loop_does(copydays, model, tmp_path, options, c
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, abs=1e-4), name
     assert values["jpegqual_mAP"] == pytest.approx((values["jpegqual/3_mAP"] + values["jpegqual/75_mAP"]) / 2)
-    assert values["crops_mAP"] == values["crops/50_mAP"]
-    assert list(values)[:3] == ["strong_mAP", "jpegqual_mAP", "crops_mAP"]
+    assert values["crops_mAP"] == pytest.approx(values["crops/50_mAP"])
+    assert list(values)[0] == "strong_mAP" and not {"jpegqual_mAP", "crops_mAP"} & report["intervals"].keys()
     low, high = report["intervals"]["strong_mAP"]
     assert low < values["strong_mAP"] < high
     assert "left out, as there are no images: jpegqual/5, jpegqual/8" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, DatasetDict, Value
 from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -95,6 +96,9 @@ def test_networks_of_transformers_are_taken_at_any_size(name, tmp_path):
     norm = model.norm if name == "dinov3" else model.layernorm
     torch.testing.assert_close(earlier.pooled, norm(output.hidden_states[-2])[:, 0])
     assert last.patches.shape == (2, 5, 8, 24)
+    assert len(tokens(model, pixel_values, 3)) == 3
+    with pytest.raises(ValueError, match="no 4 last blocks"):
+        tokens(model, pixel_values, 4)
     model.set_attn_implementation("sdpa")
     maps = cls_attention(model, pixel_values)
     torch.testing.assert_close(maps.flatten(2), output.attentions[-1][:, :, 0, -40:], atol=1e-5, rtol=0)
@@ -178,11 +182,10 @@ def kept(ours, parquet_folder, tmp_path, monkeypatch):
     return keep
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_kept_features_are_the_computed_ones(ours, parquet_folder, kept, streaming):
+def test_kept_features_are_the_computed_ones(ours, parquet_folder, kept):
     model, processor = load_model(str(ours))
     expected = extract_features(model, load_images(str(parquet_folder)), processor)
-    for found in (kept(streaming), kept(streaming)):
+    for found in (kept(), kept()):
         torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-6)
         assert np.array_equal(found.labels, expected.labels) and np.array_equal(found.hashes, expected.hashes)
         assert found.class_names == ["a", "b"] and found.data["num_images"] == 40
@@ -202,10 +205,10 @@ def test_extraction_goes_on_where_it_was_stopped(kept, tmp_path, monkeypatch):
         kept()
     with pytest.raises(ValueError, match="are not complete"):
         read_features(tmp_path / "train")
-    first = (tmp_path / "train/part-00000.safetensors").stat()
+    first = (tmp_path / "train/part-00000.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(features, "_extract_share", lambda *args: computed.append(len(args[1])) or share(*args))
     assert len(kept()) == 40
-    assert computed == [16, 16, 8] and (tmp_path / "train/part-00000.safetensors").stat() == first
+    assert computed == [16, 16, 8] and (tmp_path / "train/part-00000.safetensors").stat().st_mtime_ns == first
 
 
 def test_kept_features_of_something_else_are_refused(ours, kept):
@@ -215,6 +218,37 @@ def test_kept_features_of_something_else_are_refused(ours, kept):
     model = load_model(str(ours), dtype=torch.bfloat16)[0]
     with pytest.raises(ValueError, match=r"another dtype \(float32, not bfloat16\)"):
         kept(model=model)
+    with pytest.raises(ValueError, match="features of a stream cannot be kept"):
+        kept(streaming=True)
+
+
+def test_kept_features_of_changed_files_are_refused(ours, parquet_folder, tmp_path):
+    shutil.copytree(parquet_folder, tmp_path / "data")
+    argv = ["features", "--model", str(ours), "--dataset_name", str(tmp_path / "data"), "--features"]
+    evaluate_from_command_line([*argv, str(tmp_path / "kept")])
+    shutil.copy(tmp_path / "data/train-00000-of-00002.parquet", tmp_path / "data/train-00001-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"features of another data \(fingerprint .*choose another folder"):
+        evaluate_from_command_line([*argv, str(tmp_path / "kept")])
+
+
+def test_labels_of_minus_one_are_none(ours, parquet_folder, tmp_path, capsys):
+    images = load_images(str(parquet_folder), split="test")
+    images.map(lambda row: {"label": -1}).to_parquet(tmp_path / "test.parquet")
+    load_images(str(parquet_folder)).to_parquet(tmp_path / "train.parquet")
+    message = answer(
+        evaluate_from_command_line, ["knn", "--model", ours, "--dataset_name", tmp_path, "--k", 1], capsys
+    )
+    assert "split test" in message and "has no labels, or not of every image" in message
+
+
+def test_classes_that_splits_number_differently_are_refused(ours, parquet_folder, tmp_path, capsys):
+    splits = DatasetDict({name: load_images(str(parquet_folder), split=name) for name in ("train", "test")})
+    splits["test"] = (
+        splits["test"].cast_column("label", Value("int64")).cast_column("label", ClassLabel(names=["b", "a"]))
+    )
+    splits.save_to_disk(tmp_path / "saved")
+    argv = ["knn", "--model", ours, "--dataset_name", tmp_path / "saved", "--k", 1]
+    assert "name their classes differently: a and b" in answer(evaluate_from_command_line, argv, capsys)
 
 
 def test_features_are_kept_in_the_dtype_of_the_network(ours, parquet_folder, tmp_path):
@@ -229,7 +263,7 @@ def test_features_are_kept_in_the_dtype_of_the_network(ours, parquet_folder, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [(), ("--streaming",)], ids=["map-style", "streaming"])
 def test_two_processes_give_the_numbers_of_one(ours, parquet_folder, tmp_path, streaming):
-    """Kept and not: each image once, in the order of the data set."""
+    """Kept and not: each image once."""
     reports = []
     for name, launcher, kept in (
         ("one", ("-m",), ()),
@@ -240,8 +274,8 @@ def test_two_processes_give_the_numbers_of_one(ours, parquet_folder, tmp_path, s
         finished = command(*argv, "--output", tmp_path / f"{name}.json", launcher=launcher, module="evaluation")
         assert finished.returncode == 0, finished.stderr
         reports.append(json.loads((tmp_path / f"{name}.json").read_text())[0])
-    assert reports[0]["values"] == reports[1]["values"] == reports[2]["values"]
-    assert reports[0]["data"] == reports[1]["data"] == reports[2]["data"]
+    assert all(report["values"] == reports[0]["values"] for report in reports)
+    assert all(report["data"] == reports[0]["data"] for report in reports)
 
 
 def test_features_that_are_not_finite_are_named_by_the_image(ours, flat_folder):

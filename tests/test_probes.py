@@ -280,7 +280,8 @@ def test_commands_report_what_the_functions_find(model, small_folder, tmp_path):
     train, test = (read_features(kept / split) for split in ("train", "validation"))
     splits = train.features, train.labels, test.features, test.labels
     hits, c = logistic.logistic_hits(*splits, c=[10])
-    assert report["values"] == {"logistic_top1": pytest.approx(100 * hits["logistic_top1"].mean()), "logistic_C": c}
+    assert report["values"] == {"logistic_top1": pytest.approx(100 * hits["logistic_top1"].mean())}
+    assert report["data"]["selected_c"] == c == 10
     assert report["data"]["test"]["num_images"] == 9 and set(report["intervals"]) == {"logistic_top1"}
 
     few = ("few_shot", "--shots", 5, 2, "--percent", 10, "--num_draws", 3, "--eval_split", "validation")

@@ -56,7 +56,7 @@ def test_table_has_the_commands_values(flags, ours, parquet_folder, tmp_path, ca
         assert float(line["value"]) == report["values"]["knn_5_top1"]
         assert [float(line["low"]), float(line["high"])] == report["intervals"]["knn_5_top1"]
         assert f"{report['values']['knn_5_top1']:.2f} [" in (tmp_path / "suite/table.md").read_text()
-    assert expected[0]["model"]["revision"] == lines[0]["revision"] and lines[1]["revision"] == ""
+    assert expected[0]["model"]["revision"] == lines[0]["revision"] != lines[1]["revision"]
     with Image.open(tmp_path / "suite/table.png") as picture:
         assert picture.width > picture.height
 
@@ -91,6 +91,29 @@ def test_mistyped_model_is_told_first(flags, ours, tmp_path, capsys):  # noqa: F
     assert not (tmp_path / "suite").exists()
 
 
+def test_changed_data_is_measured_anew(flags, parquet_folder, tmp_path, capsys):
+    shutil.copytree(parquet_folder, tmp_path / "data")
+    argv = flags(KNN)
+    argv[argv.index("--data") + 1] = f"images={tmp_path / 'data'}"
+    evaluate_from_command_line(argv)
+    first = (tmp_path / "suite/table.csv").read_text()
+    evaluate_from_command_line(argv)
+    assert capsys.readouterr().out.count("(was there already)") == 2
+    (tmp_path / "data/train-00001-of-00002.parquet").unlink()
+    shutil.copy(tmp_path / "data/train-00000-of-00002.parquet", tmp_path / "data/train-00001-of-00002.parquet")
+    evaluate_from_command_line(argv)
+    assert "(was there already)" not in capsys.readouterr().out
+    assert (tmp_path / "suite/table.csv").read_text() != first
+
+
+def test_value_that_one_model_lacks_leaves_its_cell_empty(flags, ours, tmp_path):  # noqa: F811
+    few = {"protocol": "few_shot", "dataset_name": "images", "shots": [1], "percent": [], "num_draws": 2}
+    evaluate_from_command_line(flags(KNN, few, KNN | {"k": [7], "show": ["knn_7_top1"]}))
+    table = (tmp_path / "suite/table.md").read_text()
+    assert "| few_shot, images | logistic_1_shot |" in table
+    assert "| knn, images, k [1, 5] | knn_5_top1 |" in table and "| knn, images, k [7] | knn_7_top1 |" in table
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -99,6 +122,7 @@ def test_mistyped_model_is_told_first(flags, ours, tmp_path, capsys):  # noqa: F
         (KNN | {"dataset_name": "imags"}, "entry 1: it must name one entry of `data`, got none"),
         (KNN | {"show": ["knn_6_top1"]}, "knn, images has no value knn_6_top1 to show, did you mean"),
         (MASKS, "none of the data of"),
+        (KNN | {"protocol": "attention"}, "entry 1: there is no protocol attention"),
     ],
 )
 def test_bad_configs(flags, entry, message, capsys):
@@ -109,5 +133,7 @@ def test_bad_data(flags, capsys):
     argv = flags(KNN)
     argv[argv.index("--data") + 1] = "image=x"
     assert "has no data named image, did you mean images?" in answer(evaluate_from_command_line, argv, capsys)
+    argv[argv.index("--data") + 1] = "images=./nowhere"
+    assert "there is no ./nowhere, given by --data" in answer(evaluate_from_command_line, argv, capsys)
     argv[argv.index("--data") + 1] = "images"
     assert "data must be written as name=place, got images" in answer(evaluate_from_command_line, argv, capsys)
