@@ -93,6 +93,7 @@ for name in ("resnet", "xcit"):
 """
 
 
+@pytest.mark.slow
 def test_networks_load_by_the_code_beside_them_without_our_package(tmp_path):
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
@@ -242,6 +243,7 @@ def test_teacher_keeps_running_statistics_of_its_own(resnet_recipe, parquet_fold
             assert not torch.equal(second[name], student[name])
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_resnet_of_the_originals(resnet_recipe, parquet_folder, tmp_path):
     network = torchvision.models.resnet18()
     network.fc = torch.nn.Identity()

@@ -148,6 +148,7 @@ def test_settings_of_the_launcher_that_training_would_not_follow(
     assert finished.returncode == 2 and message in finished.stderr and finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_network(recipe, parquet_folder, out, capsys):
     argv = ("--dataset_name", parquet_folder, *out)
     assert command(*recipe(max_steps=1), *argv).returncode == 0
@@ -210,6 +211,7 @@ def test_launcher_that_accelerate_does_not_see(recipe, parquet_folder, out):
     assert finished.returncode == 2 and "the launcher started 2 processes, Accelerate sees 1" in finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -223,6 +225,7 @@ def test_newer_settings(recipe, parquet_folder, out, flags, message):
     assert finished.returncode == 2 and message in finished.stderr and finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_output_dir_that_is_a_file(recipe, parquet_folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     finished = command(*recipe(), "--dataset_name", parquet_folder, "--output_dir", tmp_path / "file")

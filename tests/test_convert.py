@@ -481,6 +481,7 @@ def test_onnx_of_one_size_takes_any_batch(backbone, tmp_path, capsys):
         assert torch.equal(tokens[:, 0], ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other_network", ["resnet50", "xcit_nano_12_p16_224"], indirect=True)
 def test_onnx_of_other_networks(other_network, tmp_path):
     network, state = other_network

@@ -113,6 +113,7 @@ def test_origin_of_each_setting(tmp_path):
     assert not {"flag", "mine.yaml"} & set(origins.values())
 
 
+@pytest.mark.slow
 def test_nothing_is_touched(imagenet_run, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
     """No folder is made, and of a run that is there already, not a byte or a time changes: neither where it would be
     gone on with nor where it would be lost."""

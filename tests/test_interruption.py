@@ -218,6 +218,7 @@ def test_setting_that_changes_what_is_learned_does_not_change_by_accident(finish
         assert metrics(tmp_path)[-1]["step"] == 15
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_leaves_the_last_checkpoint(finished, tmp_path):
     """A limit on the size of files stands for the disk: writing fails in the middle of a file."""
     argv, folder = finished
