@@ -171,6 +171,7 @@ def test_command_measures_what_a_loop_does(copydays, model, tmp_path, options, c
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:2 of the 4 queries have nothing to find")
 def test_two_processes_measure_the_same(copydays, benchmark, model, tmp_path):  # noqa: F811
     """Copies and landmarks, in one launch."""
     others = ("--distractors", copydays.parent / "distractors", "--whitening", copydays.parent / "whitening")
