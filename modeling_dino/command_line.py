@@ -56,7 +56,8 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # ImportError: an extra that is missing
         if debug:
             raise
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        # in one piece, where `print` writes two and another process may come between
+        sys.stderr.write(f"{prog}: error: {one_line(error)}\n")
         sys.exit(2)
 
 
