@@ -39,6 +39,12 @@ _PIXEL_VALUES = r"""
         height and width that the patch size divides.
 """
 
+_CLS_ONLY = r"""
+    cls_only (`bool`, defaults to `False`):
+        Spares the Vision Transformer's last block all tokens but CLS, for the same `pooler_output`: its
+        `last_hidden_state` is then of shape `(batch_size, 1, hidden_size)`. Of another network it changes nothing.
+"""
+
 
 class DINOPatchEmbeddings(nn.Module):
     """(batch, channels, height, width) -> (batch, patches, hidden): one strided convolution, patches in row order."""
@@ -105,10 +111,12 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(q k^T * scaling) v, also returning the softmax. Heads in (batch, heads, tokens, head_dim)."""
-    attention = torch.matmul(query, key.transpose(2, 3)) * scaling
+    attention = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         attention = attention + attention_mask
-    attention = nn.functional.softmax(attention, dim=-1, dtype=torch.float32).to(query.dtype)
+    # it computes in fp32 whatever it is given; autocast would keep fp32 copies of all maps
+    with torch.autocast(query.device.type, enabled=False):
+        attention = nn.functional.softmax(attention, dim=-1)
     output = torch.matmul(nn.functional.dropout(attention, p=dropout, training=module.training), value)
     return output.transpose(1, 2), attention
 
@@ -127,10 +135,21 @@ class DINOAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, cls_only: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_attention_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_dim)
+        """Of all tokens, (batch, tokens, hidden); with `cls_only` of the first, (batch, 1, hidden)."""
+        heads = (self.num_attention_heads, self.head_dim)
+        if cls_only:  # only keys and values of the other tokens are needed
+            rows = self.num_attention_heads * self.head_dim
+            query_bias, key_value_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([rows])
+            query_weight, key_value_weight = self.qkv.weight.tensor_split([rows])
+            query = nn.functional.linear(hidden_states[:, :1], query_weight, query_bias)
+            query = query.unflatten(-1, heads).transpose(1, 2)
+            key_value = nn.functional.linear(hidden_states, key_value_weight, key_value_bias)
+            key, value = key_value.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        else:
+            qkv = self.qkv(hidden_states).unflatten(-1, (3, *heads))
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_dim)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -161,8 +180,11 @@ class DINODropPath(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return hidden_states
         keep_prob = 1.0 - self.drop_prob
-        keep = hidden_states.new_empty(len(hidden_states), *[1] * (hidden_states.ndim - 1)).bernoulli_(keep_prob)
-        return hidden_states * keep / keep_prob
+        # drawn as in the original, where bf16 would round; and by an operation that compiles once for all blocks
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        shape = (len(hidden_states), *[1] * (hidden_states.ndim - 1))
+        keep = (keep_prob + torch.rand(shape, dtype=dtype, device=hidden_states.device)).floor()
+        return hidden_states * (keep / keep_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -179,8 +201,13 @@ class DINOLayer(GradientCheckpointingLayer):
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = DINOMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+    def forward(
+        self, hidden_states: torch.Tensor, cls_only: bool = False, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """(batch, tokens, hidden) -> the same, or with `cls_only` (batch, 1, hidden) of the first token."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), cls_only, **kwargs)
+        if cls_only:
+            hidden_states = hidden_states[:, :1]
         hidden_states = hidden_states + self.drop_path(attended)
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
@@ -310,8 +337,10 @@ class DINOModel(DINOPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring(custom_args=_PIXEL_VALUES)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+    @auto_docstring(custom_args=_PIXEL_VALUES + _CLS_ONLY)
+    def forward(
+        self, pixel_values: torch.Tensor, cls_only: bool = False, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         r"""
         Example:
 
@@ -331,8 +360,9 @@ class DINOModel(DINOPreTrainedModel):
             last_hidden_state, features = run_network(self.backbone, pixel_values, **kwargs)
             return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=features)
         hidden_states = self.embeddings(pixel_values)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layers[-1](hidden_states, cls_only=cls_only, **kwargs)
         hidden_states = self.layernorm(hidden_states)  # (batch, 1 + patches, hidden)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
@@ -409,7 +439,9 @@ class DINOForPreTraining(DINOPreTrainedModel):
                 resolutions[-1].append(crop)
             else:
                 resolutions.append([crop])
-        features = torch.cat([self.dino(torch.cat(group), **kwargs).pooler_output for group in resolutions])
+        features = torch.cat(
+            [self.dino(torch.cat(group), cls_only=True, **kwargs).pooler_output for group in resolutions]
+        )
         return DINOForPreTrainingOutput(logits=self.head(features), pooler_output=features)
 
 

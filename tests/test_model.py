@@ -233,3 +233,44 @@ def test_config_refuses_what_cannot_be(fields, message):
 def test_model_refuses_images_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
         DINOModel(tiny_config())(torch.zeros(shape))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_cls_alone_is_what_it_is_among_all_tokens(attn_implementation, is_checkpointed, qkv_bias):
+    """Through the gradients of all parameters, while paths are dropped."""
+    torch.manual_seed(0)
+    model = DINOModel(tiny_config(drop_path_rate=0.5, qkv_bias=qkv_bias)).double().train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.set_attn_implementation(attn_implementation)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    images = torch.randn(5, 3, 32, 24, dtype=torch.float64)
+    results = []
+    for cls_only in (False, True):
+        torch.manual_seed(1)
+        output = model(images, cls_only=cls_only)
+        gradients = torch.autograd.grad(output.pooler_output.sin().sum(), list(model.parameters()))
+        results.append((output.pooler_output, *gradients))
+        assert output.last_hidden_state.shape[1] == (1 if cls_only else 1 + 4 * 3)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_dropped_paths_are_drawn_as_the_original_draws_them():
+    """A block's two branches, one after the other: floor(keep + U[0, 1)) of each sample, over keep."""
+    model = DINOModel(tiny_config(num_hidden_layers=2, drop_path_rate=0.4)).train()
+    torch.nn.init.normal_(model.layers[1].attention.o_proj.bias)
+    tokens = torch.randn(64, 5, model.config.hidden_size)
+    block = model.layers[1]
+    torch.manual_seed(3)
+    actual = block(tokens)
+    torch.manual_seed(3)
+    scales = [torch.floor(0.6 + torch.rand(64, 1, 1)) / 0.6 for _ in range(2)]
+    assert all(0 < (scale == 0).sum() < 64 for scale in scales)
+    expected = tokens + block.attention(block.layernorm_before(tokens))[0] * scales[0]
+    expected = expected + block.mlp(block.layernorm_after(expected)) * scales[1]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

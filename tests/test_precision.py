@@ -194,3 +194,44 @@ def test_compiled_run_ends_as_one_that_is_not(recipe, parquet_folder, tmp_path, 
     assert {name for name in weights(tmp_path / "compiled", 10, "student")} == {
         name for name in weights(tmp_path / "plain", 10, "student")
     }
+
+
+COUNTED = """
+import sys, torch
+from torch._dynamo.utils import counters
+from training.__main__ import main, train
+module = sys.modules[train.__module__]
+step, compiled = module.train_step, []
+
+def train_step(*args):
+    step(*args)
+    compiled.append(counters["stats"]["unique_graphs"])
+
+module.train_step = train_step
+try:
+    main()
+finally:
+    print("compiled", *compiled)
+"""
+
+
+def test_compiled_training_compiles_in_its_first_step_alone(recipe, parquet_folder, tmp_path):  # noqa: F811
+    """Of a deep network, whose blocks drop paths with different probabilities, no block twice: two resolutions of the
+    student, the teacher's one, and first, last and other blocks."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
+    argv += ("--config_overrides", "num_hidden_layers=12", "drop_path_rate=0.2", "--report_to", "none")
+    dynamo = {"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true",
+              "ACCELERATE_MIXED_PRECISION": "bf16"}  # fmt: skip
+    finished = scripted(COUNTED, tmp_path, *argv, **dynamo)
+    assert finished.returncode == 0, finished.stderr
+    [line] = [line for line in finished.stdout.splitlines() if line.startswith("compiled")]
+    first, *later = map(int, line.split()[1:])
+    assert len(later) == 9 and set(later) == {first}
+    assert 8 <= first <= 24 and "recompile_limit" not in finished.stderr
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_attention_of_a_training_stays_out_of_what_it_publishes(recipe, parquet_folder, tmp_path, precision):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
+    trained(*argv, ACCELERATE_MIXED_PRECISION=precision)
+    assert "attn_implementation" not in (tmp_path / "run/config.json").read_text()

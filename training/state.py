@@ -38,6 +38,12 @@ def prepare_state(
         ValueError: batch norms that processes cannot share, or an optimiser that FSDP does not go with.
     """
     config = student.config
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and config.backbone_config is None:
+        for network in (student, teacher):  # PyTorch's fused attention takes three times as long there
+            network.set_attn_implementation("eager")
+    # a block is compiled for student and teacher, for each resolution, and as the first, the last or another, which is
+    # 8 times already, and PyTorch's limit: beyond, it would run as it is
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     if accelerator.num_processes > 1:  # both, as in the original: batch norms see the batches of all processes
         share_batch_norms_(student, accelerator.device)
         share_batch_norms_(teacher, accelerator.device)
