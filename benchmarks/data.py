@@ -14,8 +14,6 @@ import io
 import itertools
 import json
 import os
-import platform
-import random
 import resource
 import signal
 import statistics
@@ -23,16 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import torch
-from PIL import Image, ImageFilter
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from measuring import environment, save
+from PIL import Image
+from recipes import lightly_recipe, pil_recipe
 
 from evaluation.images import EncodedImage, image_content, load_images
 from training.arguments import TrainingArguments
@@ -43,46 +39,16 @@ from training.data import CropLoader
 BATCH_SIZE = 16
 
 
-def pil_recipe(contents: list[bytes]) -> Iterator[int]:
-    """What the original's `DataAugmentationDINO` does, in torchvision's transforms on PIL images."""
+def views_of(recipe: Callable[[int], Callable]) -> Callable[[list[bytes]], Iterator[int]]:
+    """One of `recipes`, on one image after another."""
 
-    def blur(probability: float):
-        def apply(image: Image.Image) -> Image.Image:
-            if random.random() > probability:
-                return image
-            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+    def run(contents: list[bytes]) -> Iterator[int]:
+        views = recipe(8)
+        for content in itertools.cycle(contents):
+            views(Image.open(io.BytesIO(content)).convert("RGB"))
+            yield 1
 
-        return transforms.Lambda(apply)
-
-    def view(size: int, scale: tuple[float, float], blur_probability: float, solarize_probability: float):
-        jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
-        return transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomApply([jitter], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                blur(blur_probability),
-                transforms.RandomSolarize(128, p=solarize_probability),
-                transforms.ToTensor(),
-                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
-
-    views = [view(224, (0.4, 1), 1, 0), view(224, (0.4, 1), 0.1, 0.2), *[view(96, (0.05, 0.4), 0.5, 0)] * 8]
-    for content in itertools.cycle(contents):
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-        [transform(image) for transform in views]
-        yield 1
-
-
-def lightly_transform(contents: list[bytes]) -> Iterator[int]:
-    from lightly.transforms import DINOTransform
-
-    transform = DINOTransform(global_crop_scale=(0.4, 1), local_crop_scale=(0.05, 0.4), n_local_views=8)
-    for content in itertools.cycle(contents):
-        transform(Image.open(io.BytesIO(content)).convert("RGB"))
-        yield 1
+    return run
 
 
 def settings(**changes) -> TrainingArguments:
@@ -201,7 +167,7 @@ def main() -> None:
     if args.memory_images:
         return print_memory(args.dataset_name, args.memory_images, args.streaming)
     variants = {
-        "the original's recipe (PIL)": pil_recipe,
+        "the original's recipe (PIL)": views_of(pil_recipe),
         "host half: decode, crops": host_half,
         "both halves on one core": both_halves,
         "host half, 12 megapixels": large_photographs(reduced=True),
@@ -213,7 +179,7 @@ def main() -> None:
         "the same streaming, 2 workers": loader(args.dataset_name, 2, True),
     }
     if find_spec("lightly"):
-        variants["lightly's DINOTransform"] = lightly_transform
+        variants["lightly's DINOTransform"] = views_of(lightly_recipe)
     if args.variant:
         contents = [image_content(row["image"]) for row in itertools.islice(load_images(args.dataset_name), 256)]
         return measure(variants[args.variant], contents, args.seconds)
@@ -238,18 +204,8 @@ def main() -> None:
     print(f"{'':32}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ratio':>8}{'peak MiB':>10}")
     for name, row in report.items():
         print(f"{name:32}" + "".join(f"{value:>{width}}" for value, width in zip(row.values(), (10, 9, 9, 8, 10))))
-    if args.output:
-        packages = ("torch", "torchvision", "pillow", "datasets")
-        about = {
-            "date": str(date.today()),
-            "command": f"python benchmarks/data.py --dataset_name {Path(args.dataset_name).name} "
-            f"--rounds {args.rounds} --seconds {args.seconds}",
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "versions": {package: version(package) for package in packages},
-        }
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(about | {"results": report}, indent=2) + "\n")
+    about = environment(["torch", "torchvision", "pillow", "datasets", "lightly"])
+    save(args.output, about, [{"variant": name} | row for name, row in report.items()])
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ share, scikit-learn's KNeighborsClassifier (brute force, cosine), which a user w
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from measuring import environment, save
 
 from evaluation.knn import knn_accuracy
 
@@ -93,18 +89,7 @@ def main() -> None:
             f"{variant:14}{number:>9}{found['seconds']:>10.1f}{per_thousand:>10.2f}{found['mib_on_top']:>12.0f}",
             flush=True,
         )
-    if args.output:
-        about = {
-            "date": str(date.today()),
-            "command": f"python benchmarks/knn.py --bank {args.bank} --queries {args.queries} --hidden {args.hidden}"
-            f" --device {args.device}" + " --whole" * args.whole,
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "versions": {package: version(package) for package in ("torch", "scikit-learn")},
-        }
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+    save(args.output, environment(["torch", "scikit-learn"], args.device), results)
 
 
 if __name__ == "__main__":

@@ -255,9 +255,10 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(in_dim, config.head_bottleneck_dim))
         self.last_layer = DINOPrototypes(config)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, criterion: Callable | None = None):
+        """With `criterion`, what it returns, of what the last layer is given, and of the last layer."""
         bottleneck = nn.functional.normalize(self.mlp(features), dim=-1)
-        return self.last_layer(bottleneck)
+        return self.last_layer(bottleneck) if criterion is None else criterion(bottleneck, self.last_layer)
 
 
 class DINOClassifier(nn.Linear):
@@ -391,13 +392,16 @@ class DINOModel(DINOPreTrainedModel):
 @dataclass
 class DINOForPreTrainingOutput(ModelOutput):
     r"""
-    logits (`torch.FloatTensor` of shape `(num_crops * batch_size, out_dim)`):
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `criterion` is given):
+        What `criterion` has returned.
+    logits (`torch.FloatTensor` of shape `(num_crops * batch_size, out_dim)`, *optional*, not with `criterion`):
         One row a crop, in the order of the input: all images of the first crop, then all of the second, and so on.
     pooler_output (`torch.FloatTensor` of shape `(num_crops * batch_size, num_features)`):
         The backbone's features that the logits were computed from: CLS after the final norm, or the pooled map of a
         network without.
     """
 
+    loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     pooler_output: torch.FloatTensor | None = None
 
@@ -413,12 +417,19 @@ class DINOForPreTraining(DINOPreTrainedModel):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self, pixel_values: torch.Tensor | list[torch.Tensor], **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor | list[torch.Tensor],
+        criterion: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DINOForPreTrainingOutput:
         r"""
         pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, or a list of them):
             A list holds one tensor a resolution, or one a crop; sizes may differ. Neighbours of equal height and width
             share a pass of the backbone, and all rows share one pass of the head.
+        criterion (`Callable`, *optional*):
+            A loss that is computed together with the last layer, so that logits never exist as a whole: a function of
+            what the last layer is given, `(num_crops * batch_size, head_bottleneck_dim)`, and of the last layer, whose
+            weights are `weight_v` and `weight_g`. What it returns is the output's `loss`.
 
         Example:
 
@@ -442,7 +453,9 @@ class DINOForPreTraining(DINOPreTrainedModel):
         features = torch.cat(
             [self.dino(torch.cat(group), cls_only=True, **kwargs).pooler_output for group in resolutions]
         )
-        return DINOForPreTrainingOutput(logits=self.head(features), pooler_output=features)
+        if criterion is None:
+            return DINOForPreTrainingOutput(logits=self.head(features), pooler_output=features)
+        return DINOForPreTrainingOutput(loss=self.head(features, criterion), pooler_output=features)
 
 
 @auto_docstring(

@@ -23,7 +23,7 @@ def benchmark(name: str, *argv) -> str:
 def test_data_is_measured_beside_the_original_and_lightly_if_it_is_there(parquet_folder, tmp_path):
     output = tmp_path / "data.json"
     printed = benchmark("data", "--dataset_name", parquet_folder, "--rounds", 1, "--seconds", 0.2, "--output", output)
-    results = json.loads(output.read_text())["results"]
+    results = {row["variant"]: row for row in json.loads(output.read_text())["results"]}
     assert {"the original's recipe (PIL)", "host half: decode, crops", "both halves on one core"} <= results.keys()
     for name, row in results.items():
         assert name in printed and row["images_per_second"] > 0 and row["peak_memory_mib"] > 0
@@ -44,3 +44,41 @@ def test_knn_is_measured_at_growing_numbers_of_queries(tmp_path):
     results = json.loads(output.read_text())["results"]
     assert [row["queries"] for row in results] == [10, 20, 40, 10] and results[-1]["variant"] == "scikit-learn"
     assert all(row["seconds"] > 0 and f"{row['mib_on_top']:.0f}" in printed for row in results)
+
+
+def check_turns(printed: str, output: Path, variants: list[str]) -> list[dict]:
+    """A table of the variants, printed and beside the JSON, each compared with the plain one."""
+    about = json.loads(output.read_text())
+    assert about["command"].startswith("python benchmarks/") and about["date"] and about["processor"]
+    rows = [row for row in about["results"] if not row["variant"].startswith("lightly")]  # which may not be there
+    assert [row["variant"].partition(",")[0] for row in rows] == variants
+    for row in about["results"]:
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {row['variant']} |"))
+        assert line in output.with_suffix(".md").read_text()
+        assert row["images_per_second"] > 0 and row["peak_mib"] > 0 and row["speed_over_plain"] > 0
+    return rows
+
+
+SMALL = ("--batch", 2, "--local_crops", 1, "--out_dim", 512, "--rounds", 1, "--eager_only")
+
+
+@pytest.mark.slow
+def test_step_is_measured_beside_the_plain_one(tmp_path):
+    output = tmp_path / "step.json"
+    printed = benchmark("step", *SMALL, "--output", output)
+    rows = check_turns(printed, output, ["plain", "ours"])
+    assert all(0 < row["share_of_matrix_rate"] < 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_training_is_measured_from_encoded_images_on(parquet_folder, tmp_path):
+    output = tmp_path / "train.json"
+    of_data = ("--dataset_name", parquet_folder, "--num_workers", 1, "--steps", 1)
+    check_turns(benchmark("train", *of_data, *SMALL, "--output", output), output, ["plain", "ours"])
+
+
+@pytest.mark.slow
+def test_loss_is_measured_beside_the_double_loop(tmp_path):
+    output = tmp_path / "loss.json"
+    printed = benchmark("loss", "--batch", 4, "--out_dim", 9001, "--rounds", 2, "--output", output)
+    check_turns(printed, output, ["plain", "layer, then loss", "fused"])

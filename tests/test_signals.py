@@ -15,15 +15,20 @@ from training.signals import Signals, student_teacher_distance
 GROUPS = {"backbone": torch.tensor([1.0, 0.0, 1.0]), "head": torch.tensor([0.0, 1.0, 0.0])}
 
 
+def statistics(targets: torch.Tensor) -> list[torch.Tensor]:
+    """What `FusedLoss` says of targets."""
+    return [torch.special.entr(targets).sum(-1), targets.argmax(-1), targets.sum(0)]
+
+
 def test_signals_are_means_over_the_batches_since_the_last_line():
     generator = torch.Generator().manual_seed(0)
     batches = [torch.softmax(3 * torch.randn(6, 5, generator=generator), -1) for _ in range(4)]
     losses = [1.0, 2.0, 1.5, 0.5]
     signals, accelerator = Signals(5, "cpu", GROUPS), Accelerator(cpu=True)
-    signals.add(torch.tensor(100.0), torch.full((6, 5), 0.2), torch.zeros(6, 3))
+    signals.add(torch.tensor(100.0), *statistics(torch.full((6, 5), 0.2)), torch.zeros(6, 3))
     signals.reset()
     for loss, targets in zip(losses, batches):
-        signals.add(torch.tensor(loss), targets, torch.zeros(6, 3))
+        signals.add(torch.tensor(loss), *statistics(targets), torch.zeros(6, 3))
     for norms in ([3.0, 5.0, 4.0], [0.0, 7.0, 1.0]):
         signals.add_gradients(torch.tensor(norms))
     again = Signals(5, "cpu", GROUPS)
@@ -47,7 +52,7 @@ def test_signals_are_means_over_the_batches_since_the_last_line():
 
 def test_few_targets_cannot_use_all_prototypes():
     signals = Signals(64, "cpu", GROUPS)
-    signals.add(torch.tensor(0.0), torch.eye(64)[[3, 9, 9, 5]], torch.zeros(4, 3))
+    signals.add(torch.tensor(0.0), *statistics(torch.eye(64)[[3, 9, 9, 5]]), torch.zeros(4, 3))
     values = signals.read(Accelerator(cpu=True))
     assert values["prototypes_used"] == pytest.approx(3 / 4) and values["largest_prototype"] == pytest.approx(1 / 2)
     assert values["teacher_entropy"] == 0
@@ -56,10 +61,11 @@ def test_few_targets_cannot_use_all_prototypes():
 def of_step(*batches):
     """What is read of a step of these batches, each of targets and features."""
     signals = Signals(batches[0][0].shape[1], "cpu", GROUPS)
-    signals.add(torch.tensor(0.0), torch.softmax(torch.ones(2, signals.chosen.numel()), -1), torch.ones(2, 3))
+    before = torch.softmax(torch.ones(2, signals.chosen.numel()), -1)
+    signals.add(torch.tensor(0.0), *statistics(before), torch.ones(2, 3))
     signals.begin_step()
     for targets, features in batches:
-        signals.add(torch.tensor(0.0), targets, features)
+        signals.add(torch.tensor(0.0), *statistics(targets), features)
     return signals.read_step(Accelerator(cpu=True))
 
 

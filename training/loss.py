@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .fused_loss import check_rows
+
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -132,12 +134,8 @@ class DINOLoss(nn.Module):
 
     def cross_entropy(self, student_logits: torch.Tensor, targets: torch.Tensor, num_crops: int) -> torch.Tensor:
         """The loss for `targets` that `teacher_probs` has given already; otherwise as `forward`."""
-        batch_size, rest = divmod(len(student_logits), num_crops)
-        if rest or not batch_size or not len(targets) or len(targets) % batch_size:
-            raise ValueError(
-                f"student rows must be num_crops = {num_crops} times the batch, and teacher rows a multiple of the "
-                f"batch, got {len(student_logits)} and {len(targets)}"
-            )
+        check_rows(len(student_logits), len(targets), num_crops)
+        batch_size = len(student_logits) // num_crops
         targets = targets.unflatten(0, (-1, batch_size))
         logits = student_logits.to(self.center.dtype).unflatten(0, (-1, batch_size)) / self.student_temp
         num_targets = len(targets)

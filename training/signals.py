@@ -37,13 +37,19 @@ class Signals:
         self.step_entropy.zero_()
         self.step_features.clear()
 
-    def add(self, loss: torch.Tensor, targets: torch.Tensor, features: torch.Tensor) -> None:
-        """A batch's loss, the teacher's targets (rows, out_dim), and its features (rows, features)."""
-        entropies = torch.special.entr(targets).sum(-1)
+    def add(
+        self,
+        loss: torch.Tensor,
+        entropies: torch.Tensor,
+        largest: torch.Tensor,
+        target_sum: torch.Tensor,
+        features: torch.Tensor,
+    ) -> None:
+        """A batch's `FusedLoss`, field by field, and the teacher's features (rows, features)."""
         self.sums += torch.stack([loss, entropies.mean(), torch.ones_like(loss)])
-        self.chosen.scatter_add_(0, targets.argmax(-1), torch.ones_like(targets[:, 0]))
-        self.step_targets += targets.sum(0)
-        self.step_entropy += torch.stack([entropies.sum(), torch.full_like(loss, len(targets))])
+        self.chosen.scatter_add_(0, largest, torch.ones_like(entropies))
+        self.step_targets += target_sum
+        self.step_entropy += torch.stack([entropies.sum(), torch.full_like(loss, len(entropies))])
         self.step_features.append(features)
 
     def add_gradients(self, norms: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from .checkpoint import (
 from .data import CropLoader, DataError
 from .dry_run import describe, without_downloads
 from .figures import Figures, choose_images
+from .fused_loss import fused_cross_entropy
 from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
 from .knn_evaluation import KNNEvaluation
@@ -105,13 +107,18 @@ def train_step(
             with torch.no_grad():
                 teacher_logits, teacher_features = state.teacher_model(crops[0]).to_tuple()
                 targets = dino_loss.teacher_probs(teacher_logits, now.teacher_temp)
-            output = state.student_model(crops)
-            total = loss = dino_loss.cross_entropy(output.logits, targets, args.num_crops)
+            criterion = partial(
+                fused_cross_entropy, targets=targets, num_crops=args.num_crops, student_temp=args.student_temp
+            )
+            output = state.student_model(crops, criterion=criterion)
+            total, *target_statistics = output.loss
+            loss = total.detach()
             if args.koleo_weight:  # of each global crop by itself: its nearest neighbour would be the other one
-                total = loss + args.koleo_weight * sum(map(koleo_loss, output.pooler_output[: len(crops[0])].chunk(2)))
+                features = output.pooler_output[: len(crops[0])].chunk(2)
+                total = total + args.koleo_weight * sum(map(koleo_loss, features))
             accelerator.backward(total)  # over the number of batches
         losses.append(total.detach())
-        signals.add(loss.detach(), targets, teacher_features)
+        signals.add(loss, *target_statistics, teacher_features)
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     accelerator.unscale_gradients(optimizer)  # of fp16's scale
