@@ -65,6 +65,20 @@ def test_loss_and_gradients_equal_those_of_the_double_loop(dtype, tolerance, nor
             assert ours.dtype == dtype and relative_error(ours, scale * theirs) < tolerance
 
 
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_crops_may_be_given_one_part_after_another(cut):
+    layer, (rows, targets) = make_layer(), make_batch()
+    whole = fused(layer, rows, targets)
+    rows.requires_grad_()
+    parts = [
+        fused_cross_entropy(rows[crops.start * BATCH : crops.stop * BATCH], layer, targets, NUM_CROPS, 0.1, crops).loss
+        for crops in (range(cut), range(cut, NUM_CROPS))
+    ]
+    loss = sum(parts)
+    for ours, theirs in zip([loss, *torch.autograd.grad(loss, [rows, layer.weight_v])], whole, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
 def test_gradient_is_right_by_finite_differences():
     layer, (rows, targets) = make_layer(out_dim=7, norm_last_layer=False), make_batch(7)
 

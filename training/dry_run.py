@@ -5,6 +5,7 @@ Memory that follows from the network is exact; that of its activations is an est
 
 import dataclasses
 import math
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from modeling_dino import DINOForPreTraining
 
 from .arguments import TrainingArguments
 from .augmentation import NUM_GLOBAL_CROPS
-from .loss import DINOLoss
+from .fused_loss import fused_cross_entropy
+from .gradient import student_passes
 from .schedules import Schedule
 
 
@@ -174,8 +176,9 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
     """Estimate of what a step keeps for its backward pass, in bytes, for one device's batch.
 
     The student and the loss really run forward, on the CPU, for two images and for three (batch norms need two), and
-    what autograd then saves is added up, each storage once and without the parameters. Some of it comes with every
-    image and some does not (bf16 copies of the weights), so that `images` of them keep ::
+    what autograd then saves is added up, each storage once and without the parameters; of several passes that of the
+    largest. Some of it comes with every image and some does not (bf16 copies of the weights), so that `images` of them
+    keep ::
 
         saved(2) + (images - 2) * (saved(3) - saved(2))
 
@@ -185,9 +188,10 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
     of the backward pass, and what the allocator loses.
     """
 
-    def saved(num_images: int) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+
+    def saved_by_pass(resolutions: list[torch.Tensor], targets: torch.Tensor) -> int:
         kept = {}
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()  # kept, so that its address stays its own
@@ -195,19 +199,25 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
                 kept[storage.data_ptr()] = storage
             return tensor
 
-        numbers = {args.global_crop_size: NUM_GLOBAL_CROPS, args.local_crop_size: args.num_local_crops}
-        crops = [
-            torch.zeros(number * num_images, student.config.num_channels, size, size)
-            for size, number in numbers.items()
-            if number
-        ]
-        dino_loss = DINOLoss(student.config.out_dim, args.student_temp)
+        crops = range(sum(map(len, resolutions)) * NUM_GLOBAL_CROPS // len(targets))
+        criterion = partial(
+            fused_cross_entropy, targets=targets, num_crops=args.num_crops, student_temp=args.student_temp, crops=crops
+        )
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-                logits = student(crops).logits
-            loss = dino_loss(logits.float(), logits[: NUM_GLOBAL_CROPS * num_images], 1.0, args.num_crops)
+                loss, *_ = student(resolutions, criterion=criterion).loss
         assert loss.requires_grad  # the graph that has saved them still stands
         return sum(storage.nbytes() for storage in kept.values())
+
+    def saved(num_images: int) -> int:
+        numbers = [(NUM_GLOBAL_CROPS, args.global_crop_size), (args.num_local_crops, args.local_crop_size)]
+        crops = [
+            torch.zeros(number * num_images, student.config.num_channels, size, size)
+            for number, size in numbers
+            if number
+        ]
+        targets = torch.full((NUM_GLOBAL_CROPS * num_images, student.config.out_dim), 1 / student.config.out_dim)
+        return max(saved_by_pass(resolutions, targets) for resolutions in student_passes(student.config, crops))
 
     two, three = saved(2), saved(3)
     return two + (args.per_device_train_batch_size - 2) * (three - two)

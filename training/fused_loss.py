@@ -30,29 +30,34 @@ def fused_cross_entropy(
     targets: torch.Tensor,
     num_crops: int,
     student_temp: float,
+    crops: range | None = None,
 ) -> FusedLoss:
     """`DINOLoss.cross_entropy` of `prototypes(bottleneck)`, for `targets` that `teacher_probs` has given.
+
+    It is a sum over the student's crops, of which some may be given alone: `crops` says which.
 
     Under autocast, matrices are multiplied in its precision, as they would be by the layer itself; all else is
     computed in the precision of the targets.
 
     Args:
-        bottleneck: (num_crops * batch, dim), crop-major: what the last layer is given.
+        bottleneck: (len(crops) * batch, dim), crop-major: what the last layer is given.
         prototypes: The last layer, a `DINOPrototypes`.
         targets: (num_teacher_crops * batch, out_dim), crop-major; those of the student's first crops.
         num_crops: Student crops per image.
         student_temp: Temperature of the student.
+        crops: Which of the student's crops the rows are of. Default: all.
 
     Raises:
         ValueError: if the rows are not a whole number of images.
     """
-    check_rows(len(bottleneck), len(targets), num_crops)
+    crops = range(num_crops) if crops is None else crops
+    check_rows(len(bottleneck), len(targets), len(crops))
     device_type = bottleneck.device.type
     is_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if is_autocast else bottleneck.dtype
     with torch.autocast(device_type, enabled=False):
         outputs = _FusedCrossEntropy.apply(
-            bottleneck, prototypes.weight_v, prototypes.weight_g, targets, num_crops, student_temp, dtype
+            bottleneck, prototypes.weight_v, prototypes.weight_g, targets, num_crops, crops, student_temp, dtype
         )
     return FusedLoss(*outputs)
 
@@ -72,12 +77,15 @@ def check_rows(num_student_rows: int, num_teacher_rows: int, num_crops: int) -> 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, bottleneck, weight_v, weight_g, targets, num_crops, student_temp, dtype):
-        batch_size = len(bottleneck) // num_crops
+    def forward(ctx, bottleneck, weight_v, weight_g, targets, num_crops, crops, student_temp, dtype):
+        batch_size = len(bottleneck) // len(crops)
         num_targets = len(targets) // batch_size
+        # rows of targets whose crops are among the student's, where they are the first
+        own = slice(crops.start * batch_size, crops.stop * batch_size)
+        num_own = len(targets[own])
         rows = bottleneck.to(dtype)
         ctx.scale = 1 / (num_targets * (num_crops - 1) * batch_size)
-        ctx.student_temp, ctx.shape = student_temp, (num_crops, num_targets, batch_size)
+        ctx.student_temp, ctx.own, ctx.num_targets, ctx.batch_size = student_temp, own, num_targets, batch_size
 
         logsumexps = targets.new_full((len(rows),), -torch.inf)
         agreement, entropies = targets.new_zeros(()), targets.new_zeros(len(targets))
@@ -92,8 +100,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
             target = targets[:, chunk]  # (target rows, chunk)
             of_images = target.unflatten(0, (num_targets, batch_size)).sum(0)
-            agreement += (logits.unflatten(0, (num_crops, batch_size)).sum(0) * of_images).sum()
-            agreement -= (logits[: len(targets)] * target).sum()
+            agreement += (logits.unflatten(0, (-1, batch_size)).sum(0) * of_images).sum()
+            agreement -= (logits[:num_own] * target[own]).sum()
 
             entropies += torch.special.entr(target).sum(-1)
             peak, place = target.max(-1)
@@ -102,7 +110,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             target_sum[chunk] = of_images.sum(0)
 
         # a view that the teacher has as well has one teacher less
-        terms = num_targets * logsumexps.sum() - logsumexps[: len(targets)].sum()
+        terms = num_targets * logsumexps.sum() - logsumexps[:num_own].sum()
         ctx.save_for_backward(bottleneck, weight_v, weight_g, targets, logsumexps)
         ctx.rows_dtype = dtype
         ctx.mark_non_differentiable(entropies, largest, target_sum)
@@ -112,7 +120,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         bottleneck, weight_v, weight_g, targets, logsumexps = ctx.saved_tensors
-        num_crops, num_targets, batch_size = ctx.shape
+        num_own, num_targets = len(targets[ctx.own]), ctx.num_targets
         dtype = ctx.rows_dtype
         rows = bottleneck.to(dtype)
         scale = grad_loss * (ctx.scale / ctx.student_temp)
@@ -128,11 +136,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
             # of each logit, teachers * softmax - targets
             grad = logits.sub_(logsumexps[:, None]).exp_()
-            target = targets[:, chunk].unflatten(0, (num_targets, batch_size))
-            grad = grad.unflatten(0, (num_crops, batch_size))
-            grad[:num_targets].mul_(num_targets - 1).add_(target)
-            grad[num_targets:].mul_(num_targets)
-            grad = grad.sub_(target.sum(0)).mul_(scale).flatten(0, 1).to(dtype)  # (rows, chunk)
+            target = targets[:, chunk]
+            grad[:num_own].mul_(num_targets - 1).add_(target[ctx.own])
+            grad[num_own:].mul_(num_targets)
+            grad = grad.unflatten(0, (-1, ctx.batch_size)).sub_(target.unflatten(0, (num_targets, -1)).sum(0))
+            grad = grad.mul_(scale).flatten(0, 1).to(dtype)  # (rows, chunk)
 
             grad_rows += grad @ weight
             grad_weight = (grad.T @ rows).to(weight_v.dtype)  # (chunk, dim)
@@ -141,4 +149,4 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 grad_g[chunk] = along
             torch.addcmul(grad_weight, directions, along, value=-1, out=grad_weight)
             torch.mul(grad_weight, weight_g[chunk] / lengths, out=grad_v[chunk])
-        return grad_rows.to(bottleneck.dtype), grad_v, grad_g, None, None, None, None
+        return grad_rows.to(bottleneck.dtype), grad_v, grad_g, *[None] * 5

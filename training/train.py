@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,13 +36,12 @@ from .checkpoint import (
 from .data import CropLoader, DataError
 from .dry_run import describe, without_downloads
 from .figures import Figures, choose_images
-from .fused_loss import fused_cross_entropy
+from .gradient import backpropagate
 from .guard import Guard, explained
 from .interruption import EXIT_CODE, Interruption
 from .knn_evaluation import KNNEvaluation
 from .launcher import make_accelerator
 from .log import RunLog
-from .loss import koleo_loss
 from .monitor import Monitor, draw_crops, read_metrics
 from .networks import load_config, make_student, make_teacher
 from .optim import (
@@ -103,22 +101,12 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
-        with nullcontext() if number == len(batches) else accelerator.no_sync(state.student_model):
-            with torch.no_grad():
-                teacher_logits, teacher_features = state.teacher_model(crops[0]).to_tuple()
-                targets = dino_loss.teacher_probs(teacher_logits, now.teacher_temp)
-            criterion = partial(
-                fused_cross_entropy, targets=targets, num_crops=args.num_crops, student_temp=args.student_temp
-            )
-            output = state.student_model(crops, criterion=criterion)
-            total, *target_statistics = output.loss
-            loss = total.detach()
-            if args.koleo_weight:  # of each global crop by itself: its nearest neighbour would be the other one
-                features = output.pooler_output[: len(crops[0])].chunk(2)
-                total = total + args.koleo_weight * sum(map(koleo_loss, features))
-            accelerator.backward(total)  # over the number of batches
-        losses.append(total.detach())
-        signals.add(loss, *target_statistics, teacher_features)
+        with torch.no_grad():
+            teacher_logits, teacher_features = state.teacher_model(crops[0]).to_tuple()
+            targets = dino_loss.teacher_probs(teacher_logits, now.teacher_temp)
+        loss, total, statistics = backpropagate(accelerator, args, state, crops, targets, number == len(batches))
+        losses.append(total)
+        signals.add(loss, *statistics, teacher_features)
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     accelerator.unscale_gradients(optimizer)  # of fp16's scale
