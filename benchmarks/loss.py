@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from contenders import Plain
-from measuring import compared, environment, save, serve, table, take_turns
+from measuring import compared, environment, parsed, save, serve, table, take_turns
 from torch import nn
 
 from modeling_dino import DINOConfig
@@ -23,7 +23,7 @@ from training.loss import DINOLoss
 
 
 DIM = 256
-VARIANTS = ["plain", "layer, then loss", "fused"]
+VARIANTS = ["plain", "layer then loss", "fused"]
 PACKAGES = ["torch"]
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", help="JSON file for the results; a table in Markdown is written beside it")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of this one measures
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.variant:
         turn = make_turn(args)  # before memory is looked at: weights and input are there in any case
         return serve(lambda: turn, args.device)

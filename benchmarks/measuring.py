@@ -1,5 +1,6 @@
 """What benchmarks share: processes that take turns, their memory, and what a result says of where it was measured."""
 
+import argparse
 import json
 import os
 import platform
@@ -23,6 +24,14 @@ SECONDS_OF_MATRICES = 2.0
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; not bf16 on a CPU without instructions for it, where it takes a hundred times as long."""
+    args = parser.parse_args()
+    if args.device == "cpu" and args.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        parser.error("bf16 on a CPU needs AVX-512, which this one has not: give --precision no")
+    return args
 
 
 def memory_mib(field: str) -> float:

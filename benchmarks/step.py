@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from contenders import PACKAGES, Ours, Plain, add_arguments, make_variant, variants
-from measuring import compared, environment, matrix_rate, save, serve, table, take_turns
+from measuring import compared, environment, matrix_rate, parsed, save, serve, table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.augmentation import CropBatch
@@ -45,7 +45,7 @@ def make_turn(args: argparse.Namespace) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser)
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.variant:
         return serve(lambda: make_turn(args), args.device, "compiled" in args.variant)
     torch.set_num_threads(args.threads)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from contenders import PACKAGES, Ours, Plain, add_arguments, make_variant, variants
-from measuring import compared, environment, save, serve, table, take_turns
+from measuring import compared, environment, parsed, save, serve, table, take_turns
 from PIL import Image
 from recipes import lightly_recipe, pil_recipe
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of a variant in a round")
     add_arguments(parser)
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.variant:
         return serve(lambda: make_turn(args), args.device, "compiled" in args.variant)
     torch.set_num_threads(args.threads)

@@ -79,9 +79,9 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def finetuned(model_folder, stripes, tmp_path_factory):
-    """The whole recipe, twelve epochs; its folder."""
+    """The whole recipe, forty epochs; its folder."""
     folder = tmp_path_factory.mktemp("finetuned")
-    argv = ("--epochs", 12, "--warmup_epochs", 1, "--learning_rate", 0.15)
+    argv = ("--epochs", 40, "--warmup_epochs", 1, "--learning_rate", 0.15)
     run(model_folder, stripes, *argv, "--output_dir", folder / "o", "--output", folder / "r.json")
     return folder, argv
 
