@@ -92,7 +92,7 @@ class Ours:
 
 
 def make_backbone(model: str, drop_path_rate: float = 0.0) -> nn.Module:
-    timm.layers.set_fused_attn(False)  # neither source has another
+    timm.layers.set_fused_attn(False)  # the original has no other
     is_vit = "vit" in model
     options = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate} if is_vit else {}
     return timm.create_model(MODELS[model], num_classes=0, **options)

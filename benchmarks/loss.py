@@ -3,8 +3,9 @@
     python benchmarks/loss.py [--batch 64] [--out_dim 65536] [--precision no] [--output benchmarks/results/loss.json]
 
 Given are what the last layer is given, and the teacher's logits. Every variant is a process of its own, and after a
-warm-up they take turns. Printed are the medians of milliseconds, the peak of memory on top of weights and input, and
-the ratios of both to the plain version: PyTorch's weight norm, and the double loop over views.
+warm-up they take turns. Printed are the medians of images per second, the peak of memory on top of weights and input,
+and the ratios of both to the plain version: PyTorch's weight norm, and the double loop over views, with the update of
+the centre that is part of it.
 """
 
 import argparse

@@ -49,9 +49,7 @@ def serve(make_turn: Callable[[], Callable[[], None]], device: str, with_compile
     """
     if with_compiler:
         torch.compile(torch.sin)(torch.ones(8, device=device))
-    if device == "cuda":
-        torch.empty(1, device="cuda")
-    before = memory_mib("VmRSS")
+    before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else memory_mib("VmRSS")
     turn = make_turn()
     for _ in range(WARM_UP):
         turn()
@@ -66,8 +64,8 @@ def serve(make_turn: Callable[[], Callable[[], None]], device: str, with_compile
         turn()
         synchronize(device)
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else memory_mib("VmHWM") - before
-        print(json.dumps([seconds, peak]), flush=True)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else memory_mib("VmHWM")
+        print(json.dumps([seconds, peak - before]), flush=True)
 
 
 def take_turns(
@@ -79,6 +77,7 @@ def take_turns(
     workers. `between` is called after every round.
     """
     processes = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nobody stays stopped
     try:
         for variant in variants:
             process = subprocess.Popen(
@@ -95,7 +94,10 @@ def take_turns(
                 os.killpg(process.pid, signal.SIGCONT)
                 process.stdin.write("\n")
                 process.stdin.flush()
-                second, peak = json.loads(process.stdout.readline())
+                answer = process.stdout.readline()
+                if not answer:
+                    raise RuntimeError(f"{name} has died")
+                second, peak = json.loads(answer)
                 os.killpg(process.pid, signal.SIGSTOP)
                 seconds[name].append(second)
                 peaks[name] = max(peaks[name], peak)
@@ -141,10 +143,11 @@ def matrix_rate(device: str, precision: str) -> float:
 
 
 def environment(packages: list[str], device: str = "cpu") -> dict:
-    """When, by what command and where: for the head of a results file."""
+    """When, by what command and where, without folders: for the head of a results file."""
+    argv = [Path(argument).name if "/" in argument else argument for argument in sys.argv]
     return {
         "date": str(date.today()),
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".rstrip(),
+        "command": f"python benchmarks/{' '.join(argv)}",
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -27,21 +27,21 @@ FOREVER = 1_000_000
 
 
 class Views(Dataset):
-    """Views of encoded images, as users of PIL have them."""
+    """Views of images, as users of PIL have them."""
 
-    def __init__(self, contents: list[bytes], recipe: Callable[[Image.Image], list[torch.Tensor]]):
-        self.contents, self.recipe = contents, recipe
+    def __init__(self, dataset_name: str, recipe: Callable[[Image.Image], list[torch.Tensor]]):
+        self.images, self.recipe = load_images(dataset_name), recipe
 
     def __len__(self) -> int:
-        return len(self.contents)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
-        return self.recipe(Image.open(io.BytesIO(self.contents[index])).convert("RGB"))
+        content = image_content(self.images[index]["image"])
+        return self.recipe(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def batches_of_views(args: argparse.Namespace, recipe: Callable) -> Iterator[list[torch.Tensor]]:
-    contents = [image_content(row["image"]) for row in load_images(args.dataset_name)]
-    views = Views(contents, recipe)
+    views = Views(args.dataset_name, recipe)
     loader = DataLoader(
         views,
         args.batch,

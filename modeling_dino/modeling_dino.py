@@ -7,6 +7,7 @@ clipped per parameter), and the patch projection and the prototypes keep PyTorch
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -114,8 +115,8 @@ def eager_attention_forward(
     attention = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         attention = attention + attention_mask
-    # it computes in fp32 whatever it is given; autocast would keep fp32 copies of all maps
-    with torch.autocast(query.device.type, enabled=False):
+    # it computes in fp32 whatever it is given; autocast, which meta tensors have not, would keep copies in fp32
+    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         attention = nn.functional.softmax(attention, dim=-1)
     output = torch.matmul(nn.functional.dropout(attention, p=dropout, training=module.training), value)
     return output.transpose(1, 2), attention
@@ -139,17 +140,10 @@ class DINOAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of all tokens, (batch, tokens, hidden); with `cls_only` of the first, (batch, 1, hidden)."""
         heads = (self.num_attention_heads, self.head_dim)
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, *heads))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_dim)
         if cls_only:  # only keys and values of the other tokens are needed
-            rows = self.num_attention_heads * self.head_dim
-            query_bias, key_value_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([rows])
-            query_weight, key_value_weight = self.qkv.weight.tensor_split([rows])
-            query = nn.functional.linear(hidden_states[:, :1], query_weight, query_bias)
-            query = query.unflatten(-1, heads).transpose(1, 2)
-            key_value = nn.functional.linear(hidden_states, key_value_weight, key_value_bias)
-            key, value = key_value.unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
-        else:
-            qkv = self.qkv(hidden_states).unflatten(-1, (3, *heads))
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head_dim)
+            query = query[:, :, :1]
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -184,7 +178,7 @@ class DINODropPath(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         shape = (len(hidden_states), *[1] * (hidden_states.ndim - 1))
         keep = (keep_prob + torch.rand(shape, dtype=dtype, device=hidden_states.device)).floor()
-        return hidden_states * (keep / keep_prob)
+        return hidden_states / keep_prob * keep.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -392,7 +386,7 @@ class DINOModel(DINOPreTrainedModel):
 @dataclass
 class DINOForPreTrainingOutput(ModelOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `criterion` is given):
+    loss (`torch.FloatTensor`, *optional*, returned when `criterion` is given):
         What `criterion` has returned.
     logits (`torch.FloatTensor` of shape `(num_crops * batch_size, out_dim)`, *optional*, not with `criterion`):
         One row a crop, in the order of the input: all images of the first crop, then all of the second, and so on.

@@ -260,6 +260,23 @@ def test_cls_alone_is_what_it_is_among_all_tokens(attn_implementation, is_checkp
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_network_whose_weights_are_in_bf16_trains(attn_implementation):
+    torch.manual_seed(0)
+    model = DINOModel(tiny_config(num_hidden_layers=3, drop_path_rate=0.5)).to(torch.bfloat16).train()
+    model.set_attn_implementation(attn_implementation)
+    output = model(torch.randn(4, 3, 32, 24, dtype=torch.bfloat16))
+    output.pooler_output.float().square().sum().backward()
+    assert output.last_hidden_state.dtype == torch.bfloat16
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_eager_attention_tells_shapes_on_the_meta_device():
+    with torch.device("meta"):
+        model = DINOModel(tiny_config(attn_implementation="eager"))
+        assert model(torch.zeros(2, 3, 32, 24)).last_hidden_state.shape == (2, 1 + 4 * 3, model.config.hidden_size)
+
+
 def test_dropped_paths_are_drawn_as_the_original_draws_them():
     """A block's two branches, one after the other: floor(keep + U[0, 1)) of each sample, over keep."""
     model = DINOModel(tiny_config(num_hidden_layers=2, drop_path_rate=0.4)).train()

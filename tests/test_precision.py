@@ -228,10 +228,3 @@ def test_compiled_training_compiles_in_its_first_step_alone(recipe, parquet_fold
     first, *later = map(int, line.split()[1:])
     assert len(later) == 9 and set(later) == {first}
     assert 8 <= first <= 24 and "recompile_limit" not in finished.stderr
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_attention_of_a_training_stays_out_of_what_it_publishes(recipe, parquet_folder, tmp_path, precision):  # noqa: F811
-    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
-    trained(*argv, ACCELERATE_MIXED_PRECISION=precision)
-    assert "attn_implementation" not in (tmp_path / "run/config.json").read_text()

@@ -18,11 +18,12 @@ from .state import TrainingState
 def student_passes(config: DINOConfig, crops: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Which crops go through the student together, of `crops` by resolution.
 
-    The loss is a sum over crops, so any parts of them will do. Those stay together that the original normalises
-    together: all, by batch norms in the head, and those of one size, by batch norms in the backbone.
+    The loss is a sum over crops, so any parts of them will do. All stay together where batch norms of the head see
+    them together, where they are of one size, and for other networks, which might not use all parameters in each part.
     """
     is_one_size = len({rows.shape[-1] for rows in crops}) == 1
-    return [crops] if config.use_bn_in_head or is_one_size else [[rows] for rows in crops]
+    at_once = config.use_bn_in_head or is_one_size or config.backbone_config is not None
+    return [crops] if at_once else [[rows] for rows in crops]
 
 
 def backpropagate(
@@ -51,7 +52,8 @@ def backpropagate(
         criterion = partial(
             fused_cross_entropy, targets=targets, num_crops=args.num_crops, student_temp=args.student_temp, crops=these
         )
-        shares = is_last and done == args.num_crops
+        # after the last pass; by FSDP after each, as gradients that are not shared yet are held whole
+        shares = is_last and (done == args.num_crops or accelerator.is_fsdp2)
         with nullcontext() if shares else accelerator.no_sync(state.student_model):
             output = state.student_model(resolutions, criterion=criterion)
             part, *statistics = output.loss
