@@ -37,7 +37,7 @@ class Guard:
 
     def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer):
         self.accelerator = accelerator
-        self.stopped = torch.zeros((), device=accelerator.device)  # 1. from the first fault on
+        self.stopped = torch.zeros((), dtype=torch.float32, device=accelerator.device)  # 1. from the first fault on
         is_cuda = accelerator.device.type == "cuda"
         self.found = torch.zeros(3, pin_memory=is_cuda)  # loss here, loss anywhere, gradient
         self.copied = torch.cuda.Event() if is_cuda else None
