@@ -6,13 +6,13 @@ costs; nothing of them is used by the project itself.
 
 import argparse
 import copy
-import os
 from importlib.util import find_spec
 
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
+from measuring import make_parser
 from torch import nn
 
 from modeling_dino import DINOForPreTraining
@@ -34,19 +34,11 @@ MODELS = {  # ours: timm's
 PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "timm", "lightly"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is trained, and how it is measured."""
+def make_parser_of_steps(description: str) -> argparse.ArgumentParser:
+    parser = make_parser(description, batch=8, precision="bf16")
     parser.add_argument("--model", choices=MODELS, default="vit_small_patch16")
-    parser.add_argument("--local_crops", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--precision", choices=["bf16", "no"], default="bf16")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eager_only", action="store_true", help="leave out what has to be compiled")
-    parser.add_argument("--output", help="JSON file for the results; a table in Markdown is written beside it")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of the benchmark measures
+    return parser
 
 
 def variants(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -98,18 +90,40 @@ def make_backbone(model: str, drop_path_rate: float = 0.0) -> nn.Module:
     return timm.create_model(MODELS[model], num_classes=0, **options)
 
 
+def make_plain_last_layer(out_dim: int) -> nn.Module:
+    """PyTorch's weight norm, with a gain of 1 that is not trained."""
+    last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(256, out_dim, bias=False))
+    gain = last_layer.parametrizations.weight.original0
+    gain.data.fill_(1)
+    gain.requires_grad = False
+    return last_layer
+
+
+def plain_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, center: torch.Tensor, num_views: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss by the double loop over views, and the next centre."""
+    student = (student_logits / 0.1).chunk(num_views)
+    teacher = torch.softmax((teacher_logits - center) / 0.04, dim=-1).detach().chunk(2)
+    total, num_terms = 0.0, 0
+    for t, q in enumerate(teacher):
+        for v in range(num_views):
+            if v != t:
+                total = total + torch.sum(-q * torch.log_softmax(student[v], dim=-1), dim=-1).mean()
+                num_terms += 1
+    mean = teacher_logits.sum(0, keepdim=True) / len(teacher_logits)
+    return total / num_terms, center * 0.9 + mean.detach() * 0.1
+
+
 class PlainHead(nn.Module):
-    """The original's projection head, with PyTorch's weight norm."""
+    """The original's projection head."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 256)
         )
-        self.last_layer = nn.utils.parametrizations.weight_norm(nn.Linear(256, out_dim, bias=False))
-        gain = self.last_layer.parametrizations.weight.original0
-        gain.data.fill_(1)
-        gain.requires_grad = False
+        self.last_layer = make_plain_last_layer(out_dim)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.last_layer(nn.functional.normalize(self.mlp(features), dim=-1))
@@ -141,25 +155,12 @@ class Plain:
         features = [torch.cat([v for v in views if v.shape[-1] == size]) for size in dict.fromkeys(sizes)]
         return head(torch.cat([backbone(crops) for crops in features]).float())
 
-    def loss(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, num_views: int) -> torch.Tensor:
-        student = (student_logits / 0.1).chunk(num_views)
-        teacher = torch.softmax((teacher_logits - self.center) / 0.04, dim=-1).detach().chunk(2)
-        total, num_terms = 0.0, 0
-        for t, q in enumerate(teacher):
-            for v in range(num_views):
-                if v != t:
-                    total = total + torch.sum(-q * torch.log_softmax(student[v], dim=-1), dim=-1).mean()
-                    num_terms += 1
-        center = teacher_logits.sum(0, keepdim=True) / len(teacher_logits)
-        self.center = self.center * 0.9 + center.detach() * 0.1
-        return total / num_terms
-
     def step(self, views: list[torch.Tensor]) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
             teacher_logits = self.run(self.teacher, views[:2])
-            loss = self.loss(self.run(self.student, views), teacher_logits, len(views))
+            loss, self.center = plain_loss(self.run(self.student, views), teacher_logits, self.center, len(views))
         value = loss.item()
         self.optimizer.zero_grad()
         loss.backward()

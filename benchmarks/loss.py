@@ -9,12 +9,11 @@ the centre that is part of it.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 
 import torch
-from contenders import Plain
-from measuring import compared, environment, parsed, save, serve, table, take_turns
+from contenders import make_plain_last_layer, plain_loss
+from measuring import compared, environment, make_parser, parsed, save, serve, table, take_turns
 from torch import nn
 
 from modeling_dino import DINOConfig
@@ -23,7 +22,7 @@ from training.fused_loss import fused_cross_entropy
 from training.loss import DINOLoss
 
 
-DIM = 256
+DIM = 256  # of what the last layer is given
 VARIANTS = ["plain", "layer then loss", "fused"]
 PACKAGES = ["torch"]
 
@@ -33,14 +32,11 @@ def make_turn(args: argparse.Namespace) -> Callable[[], Callable[[], None]]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     num_crops = 2 + args.local_crops
-    layer = DINOPrototypes(DINOConfig(out_dim=args.out_dim))
-    nn.init.kaiming_uniform_(layer.weight_v, a=5**0.5)
     if args.variant == "plain":
-        weight = layer.weight_v
-        layer = nn.Linear(DIM, args.out_dim, bias=False)
-        layer.weight.data = weight.data
-        layer = nn.utils.parametrizations.weight_norm(layer)
-        layer.parametrizations.weight.original0.requires_grad = False
+        layer, center = make_plain_last_layer(args.out_dim), torch.zeros(1, args.out_dim, device=args.device)
+    else:
+        layer = DINOPrototypes(DINOConfig(out_dim=args.out_dim))
+        nn.init.kaiming_uniform_(layer.weight_v, a=5**0.5)
     layer.to(args.device)
     dino_loss = DINOLoss(args.out_dim).to(args.device)
     rows = nn.functional.normalize(torch.randn(num_crops * args.batch, DIM, device=args.device), dim=-1)
@@ -49,7 +45,7 @@ def make_turn(args: argparse.Namespace) -> Callable[[], Callable[[], None]]:
 
     def loss() -> torch.Tensor:
         if args.variant == "plain":
-            return Plain.loss(dino_loss, layer(rows), teacher_logits, num_crops)
+            return plain_loss(layer(rows), teacher_logits, center, num_crops)[0]
         targets = dino_loss.teacher_probs(teacher_logits, 0.04)
         if args.variant == "fused":
             return fused_cross_entropy(rows, layer, targets, num_crops, 0.1).loss
@@ -66,17 +62,7 @@ def make_turn(args: argparse.Namespace) -> Callable[[], Callable[[], None]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--local_crops", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--precision", choices=["bf16", "no"], default="no")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", help="JSON file for the results; a table in Markdown is written beside it")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of this one measures
-    args = parsed(parser)
+    args = parsed(make_parser(__doc__, batch=64, precision="no"))
     if args.variant:
         turn = make_turn(args)  # before memory is looked at: weights and input are there in any case
         return serve(lambda: turn, args.device)

@@ -26,6 +26,21 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def make_parser(description: str, batch: int, precision: str) -> argparse.ArgumentParser:
+    """The settings that all have, with these defaults: what is trained, and how it is measured."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--local_crops", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--out_dim", type=int, default=65536)
+    parser.add_argument("--precision", choices=["bf16", "no"], default=precision)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", help="JSON file for the results; a table in Markdown is written beside it")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of the benchmark measures
+    return parser
+
+
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments; not bf16 on a CPU without instructions for it, where it takes a hundred times as long."""
     args = parser.parse_args()

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from contenders import PACKAGES, Ours, Plain, add_arguments, make_variant, variants
+from contenders import PACKAGES, Ours, Plain, make_parser_of_steps, make_variant, variants
 from measuring import compared, environment, matrix_rate, parsed, save, serve, table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,9 +43,7 @@ def make_turn(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    args = parsed(parser)
+    args = parsed(make_parser_of_steps(__doc__))
     if args.variant:
         return serve(lambda: make_turn(args), args.device, "compiled" in args.variant)
     torch.set_num_threads(args.threads)

@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Iterator
 
 import torch
-from contenders import PACKAGES, Ours, Plain, add_arguments, make_variant, variants
+from contenders import PACKAGES, Ours, Plain, make_parser_of_steps, make_variant, variants
 from measuring import compared, environment, parsed, save, serve, table, take_turns
 from PIL import Image
 from recipes import lightly_recipe, pil_recipe
@@ -73,11 +73,10 @@ def make_turn(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser_of_steps(__doc__)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of a variant in a round")
-    add_arguments(parser)
     args = parsed(parser)
     if args.variant:
         return serve(lambda: make_turn(args), args.device, "compiled" in args.variant)

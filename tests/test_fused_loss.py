@@ -60,7 +60,7 @@ def test_loss_and_gradients_equal_those_of_the_double_loop(dtype, tolerance, nor
     expected = double_loop(copy.deepcopy(layer).double(), *(tensor.double() for tensor in batch))
     for scale in (1.0, -3.0):
         actual = fused(layer, *batch, scale=scale)
-        assert len(actual) == 3 if norm_last_layer else 4
+        assert len(actual) == (3 if norm_last_layer else 4)
         for ours, theirs in zip(actual, expected, strict=True):
             assert ours.dtype == dtype and relative_error(ours, scale * theirs) < tolerance
 
@@ -122,6 +122,8 @@ def test_statistics_are_those_of_the_targets():
     torch.testing.assert_close(entropies, expected, rtol=1e-9, atol=1e-9)
     assert largest.tolist() == targets.argmax(-1).tolist() and largest[1] == 9000
     torch.testing.assert_close(target_sum, targets.sum(0), rtol=1e-12, atol=0)
+    of_locals = fused_cross_entropy(rows[2 * BATCH :], layer, targets, NUM_CROPS, 0.1, range(2, NUM_CROPS))
+    assert not of_locals.target_entropies.numel() and not of_locals.largest.numel() and not of_locals.target_sum.any()
 
 
 class LargestResult(TorchDispatchMode):

@@ -15,7 +15,7 @@ CHUNK_SIZE = 4096  # prototypes, with whose logits a core's cache can deal
 
 
 class FusedLoss(NamedTuple):
-    """Of a batch, whose targets are (rows, out_dim); only `loss` has a gradient."""
+    """Of a batch, and of the targets of the crops that were given, (rows, out_dim); only `loss` has a gradient."""
 
     loss: torch.Tensor  # scalar
     target_entropies: torch.Tensor  # (rows,), in nats
@@ -88,9 +88,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx.student_temp, ctx.own, ctx.num_targets, ctx.batch_size = student_temp, own, num_targets, batch_size
 
         logsumexps = targets.new_full((len(rows),), -torch.inf)
-        agreement, entropies = targets.new_zeros(()), targets.new_zeros(len(targets))
-        peaks = targets.new_full((len(targets),), -torch.inf)
-        largest = torch.zeros(len(targets), dtype=torch.long, device=targets.device)
+        agreement, entropies = targets.new_zeros(()), targets.new_zeros(num_own)
+        peaks = targets.new_full((num_own,), -torch.inf)
+        largest = torch.zeros(num_own, dtype=torch.long, device=targets.device)
         target_sum = torch.empty_like(targets[0])
         for start in range(0, len(weight_v), CHUNK_SIZE):
             chunk = slice(start, start + CHUNK_SIZE)
@@ -98,16 +98,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
             logits = (rows @ weight.T).to(targets.dtype).div_(student_temp)  # (rows, chunk)
             logsumexps = torch.logaddexp(logsumexps, torch.logsumexp(logits, dim=-1))
 
-            target = targets[:, chunk]  # (target rows, chunk)
-            of_images = target.unflatten(0, (num_targets, batch_size)).sum(0)
+            of_images = targets[:, chunk].unflatten(0, (num_targets, batch_size)).sum(0)  # (batch, chunk)
+            own_target = targets[own, chunk]
             agreement += (logits.unflatten(0, (-1, batch_size)).sum(0) * of_images).sum()
-            agreement -= (logits[:num_own] * target[own]).sum()
+            agreement -= (logits[:num_own] * own_target).sum()
 
-            entropies += torch.special.entr(target).sum(-1)
-            peak, place = target.max(-1)
+            entropies += torch.special.entr(own_target).sum(-1)
+            peak, place = own_target.max(-1)
             largest = torch.where(peak > peaks, place + start, largest)
             peaks = torch.maximum(peaks, peak)
-            target_sum[chunk] = of_images.sum(0)
+            target_sum[chunk] = own_target.sum(0)
 
         # a view that the teacher has as well has one teacher less
         terms = num_targets * logsumexps.sum() - logsumexps[:num_own].sum()

@@ -58,9 +58,11 @@ def backpropagate(
             output = state.student_model(resolutions, criterion=criterion)
             part, *statistics = output.loss
             loss = loss + part.detach()
+            if these.start == 0:  # with the teacher's crops, and so with all targets
+                target_statistics = statistics
             if args.koleo_weight and these.start == 0:  # of each global crop by itself: else, the other is nearest
                 features = output.pooler_output[: len(targets)].chunk(NUM_GLOBAL_CROPS)
                 part = part + args.koleo_weight * sum(map(koleo_loss, features))
             total = total + part.detach()
             accelerator.backward(part)  # over the number of batches
-    return loss, total, statistics
+    return loss, total, target_statistics
