@@ -101,7 +101,7 @@ def take_turns(
             )  # fmt: skip
             processes[variant] = process
             if json.loads(process.stdout.readline() or "null") != "ready":
-                raise RuntimeError(f"{variant} did not get through its warm-up")
+                sys.exit(f"{variant} did not get through its warm-up")
             os.killpg(process.pid, signal.SIGSTOP)
         seconds, peaks = {name: [] for name in variants}, dict.fromkeys(variants, 0.0)
         for _ in range(rounds):
@@ -111,7 +111,7 @@ def take_turns(
                 process.stdin.flush()
                 answer = process.stdout.readline()
                 if not answer:
-                    raise RuntimeError(f"{name} has died")
+                    sys.exit(f"{name} has died")
                 second, peak = json.loads(answer)
                 os.killpg(process.pid, signal.SIGSTOP)
                 seconds[name].append(second)
