@@ -5,7 +5,7 @@ OUTPUT = output/quickstart
 
 .PHONY: quickstart test test-fast lint
 
-# trains on images that come along, measures and draws: three to five minutes on two CPU cores
+# trains on images that come along, measures and draws: three to eight minutes on two CPU cores
 quickstart: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart $(OUTPUT)/images
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training --config configs/quickstart.yaml \
