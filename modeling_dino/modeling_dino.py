@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -160,7 +161,13 @@ class DINOMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        if self.training:  # a quarter of a block's memory: what fc2 is given is computed anew for the backward pass
+            return checkpoint(self.project, hidden_states, use_reentrant=False)
+        return self.project(hidden_states)
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(hidden_states))
 
 
 class DINODropPath(nn.Module):

@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -291,3 +292,40 @@ def test_dropped_paths_are_drawn_as_the_original_draws_them():
     expected = tokens + block.attention(block.layernorm_before(tokens))[0] * scales[0]
     expected = expected + block.mlp(block.layernorm_after(expected)) * scales[1]
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_training_does_not_keep_activations_and_has_the_same_gradients():
+    """Bit for bit; what goes into fc2 is gone until the backward pass."""
+    torch.manual_seed(0)
+    model = DINOModel(tiny_config(num_hidden_layers=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(3, 3, 32, 24)
+    results, kept = [], []
+    for is_training in (False, True):
+        model.train(is_training)
+        activated = []
+        hooks = [
+            layer.mlp.fc2.register_forward_pre_hook(lambda _, given: activated.append(weakref.ref(given[0])))
+            for layer in model.layers
+        ]
+        output = model(images).pooler_output
+        kept.append(sum(reference() is not None for reference in activated))
+        results.append((output, *torch.autograd.grad(output.sin().sum(), list(model.parameters()))))
+        for hook in hooks:
+            hook.remove()
+    assert kept == [2, 0]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_training_compiles_without_a_graph_break():
+    torch.manual_seed(0)
+    model = DINOModel(tiny_config()).train()
+    images, parameters = torch.randn(2, 3, 32, 32), list(model.parameters())
+    expected, ours = (
+        torch.autograd.grad(run(images).pooler_output.sin().sum(), parameters)
+        for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    )
+    for gradient, its in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, its, rtol=1e-4, atol=1e-6)

@@ -182,9 +182,9 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
 
         saved(2) + (images - 2) * (saved(3) - saved(2))
 
-    For a block of a Vision Transformer in fp32 that is about `4 * (8 + 2 * mlp_ratio) * hidden_size` bytes a token:
-    the inputs of both norms and of the four linear layers, queries, keys and values, the attention's output, and what
-    goes into the activation. Left out, and so on top of it: crops, the teacher, temporaries of kernels and
+    For a block of a Vision Transformer in fp32 that is about `4 * (8 + mlp_ratio) * hidden_size` bytes a token: the
+    inputs of both norms and of all linear layers but the last, queries, keys and values, the attention's output, and
+    what goes into the activation. Left out, and so on top of it: crops, the teacher, temporaries of kernels and
     of the backward pass, and what the allocator loses.
     """
 

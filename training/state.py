@@ -1,5 +1,6 @@
 """All that a training step changes, in one place."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from .loss import DINOLoss
 from .optim import gradient_groups, make_optimizer
 from .sharding import shard_
 from .signals import Signals
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,9 +42,12 @@ def prepare_state(
         ValueError: batch norms that processes cannot share, or an optimiser that FSDP does not go with.
     """
     config = student.config
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and config.backbone_config is None:
-        for network in (student, teacher):  # PyTorch's fused attention takes three times as long there
-            network.set_attn_implementation("eager")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            logger.warning("without AVX-512, a CPU like this takes a hundred times as long in bf16: train in fp32")
+        if config.backbone_config is None:
+            for network in (student, teacher):  # PyTorch's fused attention takes three times as long there
+                network.set_attn_implementation("eager")
     # a block is compiled for student and teacher, for each resolution, and as the first, the last or another, which is
     # 8 times already, and PyTorch's limit: beyond, it would run as it is
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
