@@ -17,7 +17,8 @@ from training.arguments import TrainingArguments
 from training.batch_norm import share_batch_norms_
 from training.networks import make_student, make_teacher
 
-from .test_training import RECIPE, TWO, command, losses, recipe, trained  # noqa: F401
+from .commands import command, trained
+from .test_training import RECIPE, losses, recipe  # noqa: F401
 from .without_package import run_without_package
 
 
@@ -187,7 +188,7 @@ def resnet_recipe(tmp_path):
 def test_batch_norms_of_two_processes_are_those_of_one_with_twice_the_batch(resnet_recipe, parquet_folder, tmp_path):
     argv = ("--config", resnet_recipe, "--dataset_name", parquet_folder, *TINY_RESNET)
     trained(*argv, "--output_dir", tmp_path / "one")
-    trained(*argv, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4", launcher=TWO)
+    trained(*argv, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4", processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for network in ("student", "teacher"):
         two, one = (
@@ -205,8 +206,8 @@ def test_batch_norms_of_two_processes_are_those_of_one_with_twice_the_batch(resn
 def test_bf16_of_two_processes_stays_near_fp32_of_one(resnet_recipe, parquet_folder, tmp_path):
     argv = ("--config", resnet_recipe, "--dataset_name", parquet_folder, *TINY_RESNET, "--max_steps", "3")
     trained(*argv, "--output_dir", tmp_path / "one")
-    launcher = (*TWO[:-1], "--mixed_precision", "bf16")
-    trained(*argv, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4", launcher=(*launcher, "-m"))
+    argv += ("--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4")
+    trained(*argv, processes=2, ACCELERATE_MIXED_PRECISION="bf16")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.03)
 
 

@@ -11,7 +11,8 @@ from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
 from training.networks import load_config
 
-from .test_training import RECIPE, command
+from .commands import command
+from .test_training import RECIPE
 
 
 def answer(main, argv, capsys) -> str:

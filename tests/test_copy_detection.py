@@ -1,7 +1,6 @@
 """Copy detection on small trees in the layout of Copydays, and on pairs."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +16,10 @@ from modeling_dino import DINOModel
 from modeling_dino.command_line import run
 
 from . import test_landmarks
+from .commands import trained
 from .original import FIXTURES, our_names, recorded, tiny_config
 from .test_landmarks import benchmark, landmark  # noqa: F401
 from .test_retrieval import model  # noqa: F401
-from .test_training import TWO, trained
 
 
 def strong(image, number):
@@ -188,7 +187,7 @@ def test_two_processes_measure_the_same(copydays, benchmark, model, tmp_path):  
         "from evaluation.__main__ import evaluate_from_command_line\n"
         f"for argv in {argvs['two']}:\n    evaluate_from_command_line(argv)\n"
     )
-    trained(launcher=TWO[:-1], module=str(script), PYTHONPATH=str(Path(__file__).parents[1]))
+    trained(module=script, processes=2)
     for name in ("copies", "landmarks"):
         (one,), (two,) = (json.loads((tmp_path / f"{name}_{number}.json").read_text()) for number in ("one", "two"))
         assert two["values"] == pytest.approx(one["values"], abs=1e-6) and two["data"] == one["data"]

@@ -16,10 +16,11 @@ from training.arguments import parse_arguments
 from training.dry_run import activation_bytes, find_origins, state_bytes
 from training.optim import parameter_groups
 
+from .commands import command, trained
 from .hub import Hub
 from .test_bad_input import answer
 from .test_hub import client
-from .test_training import RECIPE, TWO, command, recipe, trained  # noqa: F401
+from .test_training import RECIPE, recipe  # noqa: F401
 
 
 def section(printed: str, title: str) -> list[list[str]]:
@@ -132,7 +133,7 @@ def test_nothing_is_touched(imagenet_run, recipe, parquet_folder, tmp_path, caps
 
 def test_several_processes_print_once(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
-    printed = trained(*argv, "--gradient_accumulation_steps", 2, launcher=TWO)
+    printed = trained(*argv, "--gradient_accumulation_steps", 2, processes=2)
     run = dict(section(printed, "Run"))
     assert run["global batch"] == "32 = 2 processes x 8 images x 2 accumulated"
     assert (run["steps per epoch"], run["steps in all"]) == ("1", "2")

@@ -35,9 +35,9 @@ from evaluation.report import bootstrap, mean_intervals
 from modeling_dino import DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .commands import command
 from .original import FIXTURES, our_names, recorded, tiny_config
 from .test_bad_input import answer
-from .test_training import TWO, command
 
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "patch_size": 8, "image_size": 32}
@@ -265,12 +265,12 @@ def test_features_are_kept_in_the_dtype_of_the_network(ours, parquet_folder, tmp
 def test_two_processes_give_the_numbers_of_one(ours, parquet_folder, tmp_path, streaming):
     """Kept, where it is no stream, and not: each image once."""
     reports = []
-    runs = [("one", ("-m",), ()), ("two", TWO, ())]
+    runs = [("one", 1, ()), ("two", 2, ())]
     if not streaming:
-        runs.append(("kept", TWO, ("--features", tmp_path / "kept")))
-    for name, launcher, kept in runs:
+        runs.append(("kept", 2, ("--features", tmp_path / "kept")))
+    for name, processes, kept in runs:
         argv = ("knn", "--model", ours, "--dataset_name", parquet_folder, "--k", "1", "5", *streaming, *kept)
-        finished = command(*argv, "--output", tmp_path / f"{name}.json", launcher=launcher, module="evaluation")
+        finished = command(*argv, "--output", tmp_path / f"{name}.json", processes=processes, module="evaluation")
         assert finished.returncode == 0, finished.stderr
         reports.append(json.loads((tmp_path / f"{name}.json").read_text())[0])
     assert all(report["values"] == reports[0]["values"] for report in reports)

@@ -27,8 +27,8 @@ from evaluation.supervised import AugmentedImages, Batches
 from modeling_dino import DINOForImageClassification, DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .commands import command
 from .original import tiny_config
-from .test_training import TWO, command
 
 
 PLAIN = ("--mixup", 0, "--cutmix", 0, "--drop_path_rate", 0)  # what a process draws for its images together
@@ -131,7 +131,7 @@ def test_two_processes_train_as_one(model_folder, stripes, tmp_path):
     argv = (model_folder, stripes, *PLAIN, "--epochs", 2, "--learning_rate", 0.01)
     run(*argv, "--batch_size", 20, "--output_dir", tmp_path / "one", "--output", tmp_path / "one.json")
     argv = (*argv, "--batch_size", 10, "--output_dir", tmp_path / "two", "--output", tmp_path / "two.json")
-    finished = command(*arguments(*argv), launcher=TWO, module="evaluation")
+    finished = command(*arguments(*argv), processes=2, module="evaluation")
     assert finished.returncode == 0, finished.stderr
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, tensor in one.items():

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel
 
+from .commands import command
 from .hub import Hub
-from .test_training import command, losses, recipe  # noqa: F401
+from .test_training import losses, recipe  # noqa: F401
 from .without_package import run_without_package
 
 

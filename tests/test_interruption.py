@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_training import TWO, command, losses, metrics, recipe, trained  # noqa: F401
+from .commands import TWO, command, trained
+from .test_training import losses, metrics, recipe  # noqa: F401
 
 
 def start(*argv, launcher=("-m",), **environment) -> subprocess.Popen:
@@ -71,14 +72,14 @@ def test_killed_run_ends_as_one_that_was_not(recipe, parquet_folder, tmp_path, p
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_workers", workers, "--num_train_epochs", 8)
     argv += ("--save_steps", 2, "--save_total_limit", 2, "--per_device_train_batch_size", 8 // processes)
     argv += ("--streaming", "--num_examples", 40) if streaming else ()
-    trained(*argv, "--output_dir", tmp_path / "whole", launcher=launcher)
+    trained(*argv, "--output_dir", tmp_path / "whole", processes=processes)
     chance = random.Random(f"{processes} {streaming} {workers}")
     argv += ("--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
     for _ in range(2):
         running = start(*argv, launcher=launcher)
         time.sleep(chance.uniform(2, 9))  # to start takes about half of it
         kill_all(running)
-    trained(*argv, launcher=launcher)
+    trained(*argv, processes=processes)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -103,14 +104,14 @@ def test_run_that_is_asked_to_stop_writes_a_checkpoint(recipe, parquet_folder, t
 def test_one_of_two_processes_is_asked_and_both_stop(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 40, "--save_steps", 1000)
     argv += ("--per_device_train_batch_size", 4)
-    trained(*argv, "--output_dir", tmp_path / "whole", launcher=TWO)
+    trained(*argv, "--output_dir", tmp_path / "whole", processes=2)
     running = start(*argv, "--output_dir", tmp_path / "run", launcher=TWO)
     wait_until(lambda: has_done(tmp_path / "run", 3), running)
     children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGUSR1)
     printed, _ = running.communicate(timeout=60)
     assert running.returncode != 0 and "Stopped by SIGUSR1 after step" in printed
-    trained(*argv, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", launcher=TWO)
+    trained(*argv, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", processes=2)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 

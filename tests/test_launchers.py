@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from .test_interruption import TWO, assert_same_end
-from .test_training import RECIPE, command, losses, recipe, trained  # noqa: F401
+from .commands import TWO, command, trained
+from .test_interruption import assert_same_end
+from .test_training import RECIPE, losses, recipe  # noqa: F401
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")

@@ -21,8 +21,8 @@ from evaluation.supervised import AugmentedImages, Batches, index_classes, norma
 from modeling_dino import DINOForImageClassification, DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .commands import command
 from .original import our_names, recorded, tiny_config
-from .test_training import TWO, command
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_two_processes_train_as_one(measured, model_folder, shades, tmp_path):
     folder, argv = measured
     argv = (*argv, "--epochs", 4, "--batch_size", 8, "--output_dir", tmp_path / "o", "--output", tmp_path / "r.json")
     argv = ("linear", "--model", model_folder, "--dataset_name", shades, *argv)
-    finished = command(*argv, launcher=TWO, module="evaluation")
+    finished = command(*argv, processes=2, module="evaluation")
     assert finished.returncode == 0, finished.stderr
     two, one = (load_file(path / "o/model.safetensors") for path in (tmp_path, folder))
     for name, tensor in one.items():

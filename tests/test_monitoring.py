@@ -1,7 +1,6 @@
 """What can be seen of a run, and that nothing that only shows it can stop it; by the real commands."""
 
 import logging
-import os
 import warnings
 
 import pytest
@@ -11,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training.log import RunLog
 
-from .test_interruption import TWO
-from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
+from .commands import command, scripted, trained
+from .test_training import losses, metrics, recipe  # noqa: F401
 
 
 def flags(recipe, dataset, output_dir, *more) -> tuple:  # noqa: F811
@@ -80,7 +79,7 @@ main()
 def test_resumed_run_goes_on_in_its_log_and_in_tensorboard(plain, recipe, parquet_folder, tmp_path):  # noqa: F811
     """Killed after step 8, whose last checkpoint is of step 6: what there was of 7 and 8 is taken back."""
     argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5")
-    assert command(*argv, launcher=("-c",), module=KILLED).returncode == 9
+    assert scripted(KILLED, tmp_path, *argv).returncode == 9
     assert ("loss", 8) in scalars(tmp_path)
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"attention", "crops", "curves"}
     trained(*argv, "--resume_from_checkpoint", "latest")
@@ -119,7 +118,7 @@ FINE = {"start": "pass", "log": "pass", "finish": "pass"}
 def test_tracker_that_fails_is_said_once_and_changes_nothing(plain, recipe, parquet_folder, tmp_path, fault):  # noqa: F811
     script = TRACKER.format(**FINE | {fault: "raise RuntimeError('no such host')"})
     argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5", "--report_to", "bad", "tensorboard")
-    finished = command(*argv, launcher=("-c",), module=script)
+    finished = scripted(script, tmp_path, *argv)
     assert finished.returncode == 0, finished.stderr
     [line] = finished.stderr.splitlines()
     assert line.startswith("the tracker bad failed, and training goes on") and "RuntimeError: no such host" in line
@@ -132,7 +131,7 @@ def test_tracker_that_fails_is_said_once_and_changes_nothing(plain, recipe, parq
 def test_tracker_that_hangs_is_left_behind(plain, recipe, parquet_folder, tmp_path, where):  # noqa: F811
     script = TRACKER.format(**FINE | {where: "time.sleep(1000)"})
     argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5", "--report_to", "bad")
-    finished = command(*argv, launcher=("-c",), module=script)
+    finished = scripted(script, tmp_path, *argv)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.splitlines() == ["the tracker bad did not come to its end in 2 s, and is left behind"]
     assert losses(tmp_path) == losses(plain)
@@ -199,12 +198,10 @@ from training.__main__ import main; main()
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_knn_that_fails_is_said_and_tried_again(plain, recipe, parquet_folder, tmp_path, num_processes):  # noqa: F811
     """At step 5, of one process alone, between the bank and the test images; at step 10 it works again."""
-    script = tmp_path / "script.py"
-    script.write_text(BROKEN_KNN.format(first=4, last=5, rank=num_processes - 1))
+    script = BROKEN_KNN.format(first=4, last=5, rank=num_processes - 1)
     argv = flags(recipe, parquet_folder, tmp_path / "run", "--eval_steps", "5", "--report_to", "none")
     argv += ("--per_device_train_batch_size", 8 // num_processes)
-    launcher = TWO[:-1] if num_processes == 2 else ()
-    finished = command(*argv, launcher=launcher, module=script, PYTHONPATH=os.getcwd())
+    finished = scripted(script, tmp_path, *argv, processes=num_processes)
     assert finished.returncode == 0, finished.stderr
     said = [line for line in finished.stderr.splitlines() if "k-NN" in line]
     assert len(said) == 1 and said[0].startswith("k-NN at step 5 failed, and training goes on"), finished.stderr
@@ -218,11 +215,9 @@ def test_knn_that_fails_is_said_and_tried_again(plain, recipe, parquet_folder, t
 
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_first_knn_that_fails_stops_the_start(recipe, parquet_folder, tmp_path, num_processes):  # noqa: F811
-    script = tmp_path / "script.py"
-    script.write_text(BROKEN_KNN.format(first=1, last=99, rank=num_processes - 1))
+    script = BROKEN_KNN.format(first=1, last=99, rank=num_processes - 1)
     argv = flags(recipe, parquet_folder, tmp_path / "run", "--eval_steps", "5", "--report_to", "none")
-    launcher = TWO[:-1] if num_processes == 2 else ()
-    finished = command(*argv, launcher=launcher, module=script, PYTHONPATH=os.getcwd())
+    finished = scripted(script, tmp_path, *argv, processes=num_processes)
     said = [line for line in finished.stderr.splitlines() if line.startswith("dino-train: error: ")]
     assert finished.returncode != 0 and len(said) == num_processes, finished.stderr
     assert all("the network is gone" in line for line in said)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
+from .commands import TWO, command, trained
 from .hub import Hub
 from .test_hub import client
 from .test_interruption import has_done, start, wait_until
-from .test_training import TWO, command, losses, metrics, recipe, trained  # noqa: F401
+from .test_training import losses, metrics, recipe  # noqa: F401
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from training.schedules import Hyperparameters
 from training.state import prepare_state
 from training.train import train_step
 
+from .commands import command, trained
 from .original import tiny_config
-from .test_interruption import TWO
-from .test_training import command, losses, recipe, trained  # noqa: F401
+from .test_training import losses, recipe  # noqa: F401
 
 
 train_module = sys.modules[train.__module__]
@@ -247,7 +247,7 @@ def test_two_processes_balance_prototypes_as_one_with_twice_the_batch(recipe, pa
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     argv += ("--centering", "sinkhorn_knopp")
     trained(*argv, "--output_dir", tmp_path / "one")
-    trained(*argv, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4", launcher=TWO)
+    trained(*argv, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "4", processes=2)
     trained(*argv, "--output_dir", tmp_path / "centred", "--centering", "ema")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert losses(tmp_path / "centred") != pytest.approx(losses(tmp_path / "one"), rel=1e-3)

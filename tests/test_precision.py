@@ -1,7 +1,6 @@
 """Runs in fp16 with a scaler, with gradient checkpointing and compiled; and steps that are no number."""
 
 import json
-import os
 import subprocess
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_interruption import TWO
-from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
+from .commands import TWO, command, scripted, trained
+from .test_training import losses, metrics, recipe  # noqa: F401
 
 
 # Accelerate leaves fp16 to GPUs; PyTorch's autocast and scaler know it on CPUs, too
@@ -26,13 +25,6 @@ def make_accelerator(_):
 module.make_accelerator = make_accelerator
 main()
 """
-
-
-def scripted(script: str, folder, *argv, processes: int = 1, launcher=None, **environment):
-    """The real command, in which a script has replaced something."""
-    (folder / "script.py").write_text(script)
-    launcher = launcher or (TWO[:-1] if processes == 2 else ())
-    return command(*argv, launcher=launcher, module=folder / "script.py", PYTHONPATH=os.getcwd(), **environment)
 
 
 def in_fp16(folder, *argv, **scaler) -> subprocess.CompletedProcess:
@@ -183,8 +175,7 @@ def test_compiled_run_ends_as_one_that_is_not(recipe, parquet_folder, tmp_path, 
     """By Accelerate's plugin; with the backend that traces as the others do but needs no compiler."""
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0")
     argv += ("--per_device_train_batch_size", 8 // processes)
-    plain = TWO if processes == 2 else ("-m",)
-    trained(*argv, "--output_dir", tmp_path / "plain", launcher=plain)
+    trained(*argv, "--output_dir", tmp_path / "plain", processes=processes)
     launcher = TWO if processes == 2 else (*TWO[:2], "--cpu", "--num_processes", "1", "-m")
     flags = ("--dynamo_backend", "aot_eager") + regional * ("--dynamo_use_regional_compilation",)
     trained(*argv, "--output_dir", tmp_path / "compiled", launcher=(*launcher[:-1], *flags, "-m"))

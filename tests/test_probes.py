@@ -19,9 +19,9 @@ from modeling_dino import DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .commands import command
 from .conftest import noise
 from .original import recorded, tiny_config
-from .test_training import TWO, command
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_images_without_labels_are_told(model, flat_folder, protocol):
 def test_two_processes_find_what_one_finds(model, small_folder, tmp_path):
     argv = ("few_shot", "--model", model, "--dataset_name", small_folder, "--eval_split", "validation", "--shots", 2)
     one = report_of(*argv, "--output", tmp_path / "one.json")
-    finished = command(*argv, "--output", tmp_path / "two.json", launcher=TWO, module="evaluation")
+    finished = command(*argv, "--output", tmp_path / "two.json", processes=2, module="evaluation")
     assert finished.returncode == 0, finished.stderr
     (two,) = json.loads((tmp_path / "two.json").read_text())
     assert two["values"] == pytest.approx(one["values"]) and two["intervals"] == one["intervals"]

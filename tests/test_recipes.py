@@ -18,7 +18,8 @@ from training.arguments import parse_arguments
 from training.networks import load_config
 from training.schedules import Schedule
 
-from .test_training import command, losses, recipe, trained  # noqa: F401
+from .commands import command, trained
+from .test_training import losses, recipe  # noqa: F401
 
 
 IMAGENET = 1_281_167

@@ -16,8 +16,8 @@ from modeling_dino import DINOConfig, DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .commands import command
 from .original import FIXTURES, our_names, tiny_config
-from .test_training import TWO, command
 
 
 SIZES = (40, 60), (64, 48), (50, 50)
@@ -168,7 +168,7 @@ def test_command_on_columns(voc, folder, tmp_path):
 def test_two_processes_measure_what_one_does(voc, folder, tmp_path):
     evaluate(voc, folder, "--output", tmp_path / "one.json")
     argv = ["segmentation_masks", "--model", folder, "--dataset_name", voc, "--image_size", 36]
-    finished = command(*argv, "--output", tmp_path / "two.json", launcher=TWO, module="evaluation")
+    finished = command(*argv, "--output", tmp_path / "two.json", processes=2, module="evaluation")
     assert finished.returncode == 0, finished.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("one", "two"))
     assert one["values"] == pytest.approx(two["values"]) and one["data"] == two["data"]

@@ -7,10 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_interruption import TWO
-from .test_launchers import TORCHRUN
-from .test_precision import scripted
-from .test_training import command, losses, metrics, recipe, trained  # noqa: F401
+from .commands import command, scripted, trained
+from .test_training import losses, metrics, recipe  # noqa: F401
 
 
 CUT_UP = """
@@ -53,7 +51,7 @@ def assert_near(one, other, noise: tuple[str, ...] = ("qkv.bias",)) -> None:
 def test_networks_that_are_cut_up_train_as_whole_ones_and_resume(recipe, parquet_folder, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--per_device_train_batch_size", 4)
     argv += ("--config_overrides", "drop_path_rate=0", "--eval_steps", 5)
-    trained(*argv, "--output_dir", tmp_path / "whole", launcher=TWO)
+    trained(*argv, "--output_dir", tmp_path / "whole", processes=2)
     finished = scripted(CUT_UP, tmp_path, *argv, "--output_dir", tmp_path / "cut", processes=2)
     assert finished.returncode == 0, finished.stderr
     assert_near(tmp_path / "cut", tmp_path / "whole")
@@ -65,7 +63,7 @@ def test_networks_that_are_cut_up_train_as_whole_ones_and_resume(recipe, parquet
     # to the last digit but one: parts lie elsewhere in memory than before, and are summed in another order
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "cut")[6:], rel=1e-6)
     # a checkpoint is the same, whoever wrote it
-    trained(*argv, "--output_dir", tmp_path / "whole_again", launcher=TWO)
+    trained(*argv, "--output_dir", tmp_path / "whole_again", processes=2)
     assert losses(tmp_path / "whole_again") == pytest.approx(losses(tmp_path / "whole")[6:], rel=1e-5)
 
 
@@ -84,9 +82,8 @@ def test_networks_that_are_cut_up_train_alike_in_other_settings(recipe, parquet_
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--per_device_train_batch_size", 4)
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16"} if flags == ("bf16",) else {}
     argv += ("--config_overrides", "drop_path_rate=0") + (flags if not precision else ())
-    launcher = TORCHRUN  # which leaves that variable alone
-    trained(*argv, "--output_dir", tmp_path / "whole", launcher=launcher, **precision)
-    finished = scripted(CUT_UP, tmp_path, *argv, "--output_dir", tmp_path / "cut", launcher=launcher[:-1], **precision)
+    trained(*argv, "--output_dir", tmp_path / "whole", processes=2, **precision)
+    finished = scripted(CUT_UP, tmp_path, *argv, "--output_dir", tmp_path / "cut", processes=2, **precision)
     assert finished.returncode == 0, finished.stderr
     if precision:  # rounds what is rounding noise in fp32 up to something
         assert losses(tmp_path / "cut")[:3] == pytest.approx(losses(tmp_path / "whole")[:3], rel=1e-5)

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 from modeling_dino.convert_dino_checkpoint import convert
 
+from .commands import command, trained
 from .original import FIXTURES
 
 
-# two processes, on a port that no other test has
-TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", "-m")
 RECIPE = {
     "model_config": "vit_tiny_patch16",
     "config_overrides": {
@@ -37,19 +36,6 @@ def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return str(path)
-
-
-def command(*argv, launcher=("-m",), module="training", **environment):
-    # one thread: sums then come out the same in every process
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *launcher, module, *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def trained(*argv, **options):
-    finished = command(*argv, **options)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 def metrics(output_dir):
@@ -255,7 +241,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
     evaluation = ("--eval_split", "test", "--eval_steps", "5")
     trained(*argv, "--output_dir", tmp_path / "one", *evaluation)
     trained(
-        *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", launcher=TWO
+        *argv, "--output_dir", tmp_path / "two", *evaluation, "--per_device_train_batch_size", "4", processes=2
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for name in ("target_information", "feature_std", "effective_rank", "student_teacher_distance"):
@@ -274,7 +260,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(recipe, parquet_folder,
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_accumulated_batches_train_as_a_large_one(recipe, parquet_folder, tmp_path, num_processes):
     """Centre and teacher move once a step. Stopped on the way, as well."""
-    options = {"launcher": TWO} if num_processes == 2 else {}
+    options = {"processes": num_processes}
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     trained(*argv, "--output_dir", tmp_path / "large")
     argv += ("--per_device_train_batch_size", 8 // 4 // num_processes, "--num_workers", 1)
@@ -295,7 +281,7 @@ def test_run_goes_on_with_another_number_of_processes(recipe, parquet_folder, tm
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--config_overrides", "drop_path_rate=0.0")
     trained(*argv, "--output_dir", tmp_path / "one")
     two = ("--output_dir", tmp_path / "two")
-    trained(*argv, *two, "--per_device_train_batch_size", "4", launcher=TWO)
+    trained(*argv, *two, "--per_device_train_batch_size", "4", processes=2)
     checkpoint = tmp_path / "two/checkpoints/step_0000003"
     finished = command(*argv, *two, "--resume_from_checkpoint", checkpoint)
     assert finished.returncode == 0, finished.stderr
@@ -332,7 +318,7 @@ def test_what_one_process_cannot_read_ends_all_of_them_after_a_checkpoint(recipe
         images, run = tmp_path / name / "images", tmp_path / name / "run"
         shutil.copytree(flat_folder, images)
         (images / name).write_bytes(b"")
-        finished = command(*argv, "--dataset_name", images, "--output_dir", run, launcher=TWO)
+        finished = command(*argv, "--dataset_name", images, "--output_dir", run, processes=2)
         assert finished.returncode != 0
         messages = [line for line in finished.stderr.splitlines() if line.startswith("dino-train: error: ")]
         assert messages

@@ -1,20 +1,17 @@
 """Words for how a run goes: on the recorded lines of real runs, and on runs that are made to fail."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from modeling_dino import DINOConfig
 from training.arguments import TrainingArguments
-from training.quickstart import write_digits
 from training.verdict import COLLAPSING, DIVERGING, FAILING, LEARNING, STUCK, TOO_EARLY, Judge
 
+from .commands import command
 from .original import FIXTURES
-from .test_training import RECIPE, TWO, command, metrics
+from .test_training import RECIPE, metrics
 
 
 RUNS = json.loads((FIXTURES / "verdicts.json").read_text())
@@ -203,22 +200,9 @@ def test_verdict_goes_on_after_a_stop(recipe, parquet_folder, tmp_path):
 def test_stop_on_collapse_ends_all_processes(recipe, parquet_folder, tmp_path):
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, *FAILURES[COLLAPSING])
     finished = command(
-        *argv, "--per_device_train_batch_size", "4", "--stop_on_collapse", "true", launcher=TWO
+        *argv, "--per_device_train_batch_size", "4", "--stop_on_collapse", "true", processes=2
     )  # fmt: skip
     assert finished.returncode != 0
     messages = [text for text in finished.stderr.splitlines() if text.startswith("dino-train: error: ")]
     assert messages and all(": collapsing to one output (loss " in text for text in messages)
     assert metrics(tmp_path)[-1]["verdict"] == COLLAPSING
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_quickstart_is_never_told_to_fail(seed, tmp_path):
-    write_digits(tmp_path / "digits")
-    argv = ["--config", "quickstart", "--dataset_name", tmp_path / "digits", "--output_dir", tmp_path / "run"]
-    argv += ["--max_steps", "250", "--logging_steps", "5", "--eval_steps", "1000", "--stop_on_collapse", "true"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "training", *map(str, [*argv, "--seed", seed])], check=True, env=environment)
-    told = {line["verdict"] for line in metrics(tmp_path / "run") if "loss" in line}
-    assert told == {TOO_EARLY, LEARNING}

@@ -31,8 +31,8 @@ from modeling_dino import DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.image_processing_dino import make_image_processor
 
+from .commands import command
 from .original import FIXTURES, META, our_names, recorded, tiny_config
-from .test_training import TWO, command
 
 
 SIZE = 64, 100  # of the frames: landscape, and no multiple of the patches
@@ -363,7 +363,7 @@ def test_two_processes_measure_what_one_does(davis, folder, tmp_path):
     argv = ["video_segmentation", "--model", folder, "--dataset_name", davis, "--image_size", 64]
     evaluate(davis, folder, "--output", tmp_path / "one.json")
     finished = command(
-        *argv, "--output", tmp_path / "two.json", "--output_dir", tmp_path / "masks", launcher=TWO, module="evaluation"
+        *argv, "--output", tmp_path / "two.json", "--output_dir", tmp_path / "masks", processes=2, module="evaluation"
     )
     assert finished.returncode == 0, finished.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("one", "two"))

@@ -1,0 +1,62 @@
+"""Runs our commands in forks of one process, which has imported what they need: that takes longer than most of them.
+
+`python -m tests.forked` reads a line of JSON for each from stdin, and answers with the exit codes of its processes. A
+fork that has become a command is one: with its own arguments, variables and streams, and an end like any other's.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import sys
+
+import matplotlib.pyplot  # noqa: F401
+import timm  # noqa: F401
+
+import evaluation.suite  # noqa: F401
+import training  # noqa: F401
+
+
+def take_requests() -> tuple[dict, dict] | None:
+    """In a fork, what it is asked to do, and its variables; at the end of stdin, None."""
+    for line in sys.stdin:
+        request, processes = json.loads(line), []
+        for environment in request["environments"]:
+            process = os.fork()
+            if process == 0:
+                return request, environment
+            processes.append(process)
+        print(json.dumps(codes_of(processes)), flush=True)
+    return None
+
+
+def codes_of(processes: list[int]) -> list[int]:
+    """When all have ended. If one has failed, the others are told to, as launchers do."""
+    codes = {}
+    while len(codes) < len(processes):
+        process, status = os.wait()
+        codes[process] = os.waitstatus_to_exitcode(status)
+        if codes[process]:
+            for other in set(processes) - codes.keys():
+                os.kill(other, signal.SIGTERM)
+    return [codes[process] for process in processes]
+
+
+def become(request: dict, environment: dict) -> None:
+    os.environ.update(environment)
+    os.chdir(request["folder"])
+    for descriptor, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+    module = request["module"]
+    sys.argv = [module, *request["argv"]]
+    if module.endswith(".py"):
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    gc.freeze()  # or the first collection of each would copy all that is shared
+    if request := take_requests():
+        become(*request)
