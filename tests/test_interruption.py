@@ -131,7 +131,8 @@ def test_process_that_dies_ends_the_others_with_a_message(recipe, parquet_folder
     wait_until(lambda: has_done(tmp_path, 6), running)
     processes_of(running)[rank].kill()
     printed, _ = running.communicate(timeout=60)
-    assert running.returncode != 0 and "dino-train: error: another process of the run has ended" in printed
+    assert running.returncode != 0
+    assert "dino-train: error: another process of the run has ended" in printed, printed
     assert "step_0000004 is the last checkpoint before" in printed or "step_0000008 is the last" in printed
 
 

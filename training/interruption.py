@@ -58,6 +58,12 @@ class Interruption:
         self._signal = signal.Signals(number).name
 
 
+def outlive_launcher() -> None:
+    """For a process that is about to end with an error: its launcher may tell it to before that is written."""
+    if is_launched() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def leave_signals_to_parent() -> None:
     """For a loader's workers: signals go to all processes of a job, and the batches underway are still needed."""
     for number in SIGNALS:
