@@ -26,6 +26,13 @@ def make_views(args: argparse.Namespace, batch_size: int) -> list[torch.Tensor]:
     return [torch.randn(batch_size, 3, size, size, device=args.device) for size in sizes]
 
 
+def make_crops(args: argparse.Namespace, is_ours: bool) -> CropBatch | list[torch.Tensor]:
+    views = make_views(args, args.batch)
+    if not is_ours:
+        return views
+    return CropBatch([torch.cat(views[:2])] + [torch.cat(views[2:])] * (args.local_crops > 0), None)
+
+
 def operations_per_image(args: argparse.Namespace) -> float:
     """Multiplications and additions of matrices in the plain step, forward and backward, by PyTorch's counter."""
     with FlopCounterMode(display=False) as counter:
@@ -36,9 +43,8 @@ def operations_per_image(args: argparse.Namespace) -> float:
 def make_turn(args: argparse.Namespace) -> Callable[[], None]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    variant, crops = make_variant(args), make_views(args, args.batch)
-    if isinstance(variant, Ours):
-        crops = CropBatch([torch.cat(crops[:2])] + [torch.cat(crops[2:])] * (args.local_crops > 0), None)
+    variant = make_variant(args)
+    crops = make_crops(args, isinstance(variant, Ours))
     return lambda: variant.step(crops)
 
 

@@ -59,21 +59,8 @@ def check_turns(printed: str, output: Path, variants: list[str]) -> list[dict]:
     return rows
 
 
-SMALL = (
-    "--batch",
-    2,
-    "--local_crops",
-    1,
-    "--out_dim",
-    512,
-    "--rounds",
-    1,
-    "--eager_only",
-    "--precision",
-    "no",
-    "--threads",
-    1,
-)
+SMALL = ("--batch", 2, "--local_crops", 1, "--out_dim", 512, "--rounds", 1, "--eager_only", "--precision", "no",
+         "--threads", 1)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -96,3 +83,18 @@ def test_loss_is_measured_beside_the_double_loop(tmp_path):
     output = tmp_path / "loss.json"
     printed = benchmark("loss", "--batch", 4, "--out_dim", 9001, "--rounds", 2, "--output", output)
     check_turns(printed, output, ["plain", "layer then loss", "fused"])
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_is_counted(tmp_path):
+    """What is kept: both networks and two moments, in fp32, the prototypes' gains, and a few numbers; the plain step
+    keeps its gradients, too."""
+    output = tmp_path / "memory.json"
+    benchmark("memory", *SMALL[:-2], "--output", output)
+    rows = {row["variant"].partition(",")[0]: row for row in json.loads(output.read_text())["results"]}
+    backbone, head = 21_665_664, 384 * 2048 + 2048 + 2048 * 2048 + 2048 + 2048 * 256 + 256 + 512 * 256
+    network = (backbone + head) * 4 / 2**20
+    assert rows["ours"]["kept_mib"] == pytest.approx(4 * network, abs=20)  # crops are 3 MiB
+    assert rows["plain"]["kept_mib"] == pytest.approx(5 * network, abs=20)
+    assert all(row["peak_mib"] > row["kept_mib"] + network / 2 for row in rows.values())
+    assert rows["ours"]["peak_over_plain"] == pytest.approx(rows["ours"]["peak_mib"] / rows["plain"]["peak_mib"])
