@@ -68,7 +68,7 @@ def test_step_is_measured_beside_the_plain_one(tmp_path):
     output = tmp_path / "step.json"
     printed = benchmark("step", *SMALL, "--output", output)
     rows = check_turns(printed, output, ["plain", "ours"])
-    assert all(0 < row["share_of_matrix_rate"] < 1 for row in rows)
+    assert all(row["share_of_matrix_rate"] > 0 for row in rows)
 
 
 @pytest.mark.slow
