@@ -3,8 +3,9 @@
     python benchmarks/memory.py [--batch 8] [--precision bf16] [--output benchmarks/results/memory.json]
 
 The same variants as in `step.py`, but for what is compiled, run on PyTorch's fake tensors, which have shapes and no
-values. Counted is every storage from its making to its end, weights, gradients and moments included; not what kernels
-use within an operation, nor what an allocator loses, which `step.py` measures.
+values. Counted is every storage from its making to its end, weights, gradients, moments and crops included; not what
+kernels use within an operation, nor what an allocator loses, which `step.py` measures. It is the step as a CPU takes
+it, where attention in bf16 is unfused.
 """
 
 import argparse

@@ -162,7 +162,8 @@ class DINOMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.fc1(hidden_states)
-        if self.training:  # a quarter of a block's memory: what fc2 is given is computed anew for the backward pass
+        if self.training and torch.is_grad_enabled():
+            # spares a quarter of a block's memory: what fc2 is given is computed anew for the backward pass
             return checkpoint(self.project, hidden_states, use_reentrant=False)
         return self.project(hidden_states)
 

@@ -68,19 +68,31 @@ class _Forked:
                 start_new_session=True,
             )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
+            streams = Path(folder) / "stdout", Path(folder) / "stderr"
+            for stream in streams:
+                stream.touch()
             request = {
-                "module": module, "argv": argv, "folder": os.getcwd(),
-                "stdout": f"{folder}/out", "stderr": f"{folder}/err",
+                "module": module, "argv": argv, "folder": os.getcwd(), "streams": list(map(str, streams)),
                 "environments": [environment | variables for variables in ranks(processes)],
             }  # fmt: skip
-            self.server.stdin.write(json.dumps(request) + "\n")
-            self.server.stdin.flush()
-            if not select.select([self.server.stdout], [], [], PATIENCE)[0]:
+            try:
+                code = self.answer(request)
+            except BaseException:  # the next command shall not be given this one's answer
                 self.stop()
-                raise subprocess.TimeoutExpired([module, *argv], PATIENCE)
-            codes = json.loads(self.server.stdout.readline())
-            out, err = (Path(request[name]).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess([module, *argv], next(filter(None, codes), 0), out, err)
+                print(*(stream.read_text() for stream in streams))
+                raise
+            return subprocess.CompletedProcess([module, *argv], code, *(stream.read_text() for stream in streams))
+
+    def answer(self, request: dict) -> int:
+        """The exit code of the process that has failed first, or 0."""
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        if not select.select([self.server.stdout], [], [], PATIENCE)[0]:
+            raise subprocess.TimeoutExpired([request["module"], *request["argv"]], PATIENCE)
+        line = self.server.stdout.readline()
+        if not line:
+            raise RuntimeError("tests.forked has ended")
+        return int(line)
 
 
 def ranks(processes: int) -> list[dict[str, str]]:

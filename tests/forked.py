@@ -1,7 +1,7 @@
 """Runs our commands in forks of one process, which has imported what they need: that takes longer than most of them.
 
-`python -m tests.forked` reads a line of JSON for each from stdin, and answers with the exit codes of its processes. A
-fork that has become a command is one: with its own arguments, variables and streams, and an end like any other's.
+`python -m tests.forked` reads a line of JSON for each from stdin, and answers with its exit code. A fork that has
+become a command is one: with its own arguments, variables and streams, and an end like any other's.
 """
 
 import gc
@@ -10,8 +10,10 @@ import os
 import runpy
 import signal
 import sys
+import time
 
 import matplotlib.pyplot  # noqa: F401
+import numpy as np
 import timm  # noqa: F401
 
 import evaluation.suite  # noqa: F401
@@ -27,27 +29,29 @@ def take_requests() -> tuple[dict, dict] | None:
             if process == 0:
                 return request, environment
             processes.append(process)
-        print(json.dumps(codes_of(processes)), flush=True)
+        print(code_of(processes), flush=True)
     return None
 
 
-def codes_of(processes: list[int]) -> list[int]:
-    """When all have ended. If one has failed, the others are told to, as launchers do."""
-    codes = {}
-    while len(codes) < len(processes):
+def code_of(processes: list[int]) -> int:
+    """When all have ended, that of the first that has failed; the others are then told to end, as by launchers."""
+    code, running = 0, set(processes)
+    while running:
         process, status = os.wait()
-        codes[process] = os.waitstatus_to_exitcode(status)
-        if codes[process]:
-            for other in set(processes) - codes.keys():
+        running.remove(process)
+        if code == 0 and (code := os.waitstatus_to_exitcode(status)):
+            time.sleep(1)  # in which they may say why they fail, too
+            for other in running:
                 os.kill(other, signal.SIGTERM)
-    return [codes[process] for process in processes]
+    return code
 
 
 def become(request: dict, environment: dict) -> None:
     os.environ.update(environment)
     os.chdir(request["folder"])
-    for descriptor, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+    for descriptor, path in enumerate((os.devnull, *request["streams"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
+    np.random.seed()  # as NumPy does when it is imported
     module = request["module"]
     sys.argv = [module, *request["argv"]]
     if module.endswith(".py"):
