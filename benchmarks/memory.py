@@ -68,8 +68,11 @@ def count(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    args = make_parser_of_steps(__doc__).parse_args()
-    args.eager_only, args.device = True, "cpu"
+    parser = make_parser_of_steps(__doc__)
+    args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error("the step is counted as a CPU takes it: leave out --device")
+    args.eager_only = True
     names, peers = variants(args)
     counts = {name: count(argparse.Namespace(**vars(args) | {"variant": name})) for name in names}
     rows = []

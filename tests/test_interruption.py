@@ -20,9 +20,9 @@ from .commands import TWO, command, trained
 from .test_training import losses, metrics, recipe  # noqa: F401
 
 
-def start(*argv, launcher=("-m",), **environment) -> subprocess.Popen:
+def start(*argv, launcher=("-m",), module="training", **environment) -> subprocess.Popen:
     """A run that goes on in the background, with its workers in a group of their own."""
-    command = [sys.executable, *launcher, "training", *map(str, argv)]
+    command = [sys.executable, *launcher, module, *map(str, argv)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -124,10 +124,23 @@ def processes_of(running: subprocess.Popen) -> dict[str, psutil.Process]:
     return found
 
 
+SLOW_TO_SAY_WHY = """
+import time
+from modeling_dino import command_line
+from training.__main__ import main
+one_line = command_line.one_line
+command_line.one_line = lambda error: time.sleep(2) or one_line(error)
+main()
+"""
+
+
 @pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_process_that_dies_ends_the_others_with_a_message(recipe, parquet_folder, tmp_path, rank):  # noqa: F811
+    """Also when the launcher, which has seen it too, tells them to end before they have written theirs."""
+    (tmp_path / "script.py").write_text(SLOW_TO_SAY_WHY)
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--num_train_epochs", 400, "--save_steps", 4)
-    running = start(*argv, "--output_dir", tmp_path, "--per_device_train_batch_size", 4, launcher=TWO)
+    argv += ("--output_dir", tmp_path, "--per_device_train_batch_size", 4)
+    running = start(*argv, launcher=TWO[:-1], module=tmp_path / "script.py", PYTHONPATH=os.getcwd())
     wait_until(lambda: has_done(tmp_path, 6), running)
     processes_of(running)[rank].kill()
     printed, _ = running.communicate(timeout=60)

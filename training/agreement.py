@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from .interruption import outlive_launcher
-
 
 @contextmanager
 def lost_process_explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
@@ -19,7 +17,6 @@ def lost_process_explained(last_checkpoint: Callable[[], str]) -> Iterator[None]
     except RuntimeError as error:  # gloo has none of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        outlive_launcher()
         raise ValueError(f"another process of the run has ended; {last_checkpoint()}") from error
 
 

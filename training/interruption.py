@@ -43,11 +43,18 @@ class Interruption:
         """Within, the signals are noted instead of ending the process; a second Ctrl-C ends it at once.
 
         Outside the main thread, where Python lets nobody listen to signals, none will be noted.
+
+        After an error under a launcher, SIGTERM is noted until the process ends: the launcher may send it as others
+        have failed, too, before this one has said why.
         """
         is_main = threading.current_thread() is threading.main_thread()
         previous = {number: signal.signal(number, self._note) for number in SIGNALS} if is_main else {}
         try:
             yield
+        except Exception:
+            if self._launcher is not None:
+                previous.pop(signal.SIGTERM, None)
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -56,12 +63,6 @@ class Interruption:
         if number == signal.SIGINT and self._signal is not None:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number).name
-
-
-def outlive_launcher() -> None:
-    """For a process that is about to end with an error: its launcher may tell it to before that is written."""
-    if is_launched() and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def leave_signals_to_parent() -> None:

@@ -324,7 +324,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     student.train()
     faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
     loss_explained = lost_process_explained(lambda: last_checkpoint(output_dir))
-    with loss_explained, interruption.noted(), closing(monitor), faults_explained:
+    with closing(monitor), interruption.noted(), faults_explained, loss_explained:
         for step in range(first_step, num_steps):
             now = schedule(step)
             if step > first_step:
