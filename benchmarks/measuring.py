@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_dino.command_line import Parser
+
 
 WARM_UP = 3  # turns that do not count
 SECONDS_OF_MATRICES = 2.0
@@ -26,16 +28,24 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def positive(text: str) -> int:
+    """An argument's number, from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def make_parser(description: str, batch: int, precision: str) -> argparse.ArgumentParser:
     """The settings that all have, with these defaults: what is trained, and how it is measured."""
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser = Parser(description=description.split("\n")[0])
     parser.add_argument("--local_crops", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--out_dim", type=int, default=65536)
+    parser.add_argument("--batch", type=positive, default=batch)
+    parser.add_argument("--out_dim", type=positive, default=65536)
     parser.add_argument("--precision", choices=["bf16", "no"], default=precision)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--output", help="JSON file for the results; a table in Markdown is written beside it")
     parser.add_argument("--variant", help=argparse.SUPPRESS)  # what a process of the benchmark measures
     return parser

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from contenders import PACKAGES, Ours, Plain, make_parser_of_steps, make_variant, variants
-from measuring import compared, environment, parsed, save, serve, table, take_turns
+from measuring import compared, environment, parsed, positive, save, serve, table, take_turns
 from PIL import Image
 from recipes import lightly_recipe, pil_recipe
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -76,10 +76,14 @@ def main() -> None:
     parser = make_parser_of_steps(__doc__)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="of a variant in a round")
+    parser.add_argument("--steps", type=positive, default=4, help="of a variant in a round")
     args = parsed(parser)
     if args.variant:
         return serve(lambda: make_turn(args), args.device, "compiled" in args.variant)
+    try:
+        load_images(args.dataset_name)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     names, peers = variants(args)
     rows = list(compared(take_turns(__file__, names, args.rounds), args.batch * args.steps, peers))
