@@ -170,9 +170,10 @@ def matrix_rate(device: str, precision: str) -> float:
 def environment(packages: list[str], device: str = "cpu") -> dict:
     """When, by what command and where, without folders: for the head of a results file."""
     argv = [Path(argument).name if "/" in argument else argument for argument in sys.argv]
+    allocator = Path(os.environ.get("LD_PRELOAD", "")).name
     return {
         "date": str(date.today()),
-        "command": f"python benchmarks/{' '.join(argv)}",
+        "command": f"LD_PRELOAD={allocator} " * bool(allocator) + f"python benchmarks/{' '.join(argv)}",
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
