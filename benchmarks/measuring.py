@@ -184,7 +184,7 @@ def environment(packages: list[str], device: str = "cpu") -> dict:
 def processor_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+            return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
     return platform.machine()
 
 
