@@ -1,19 +1,26 @@
 """`python -m evaluation PROTOCOL --model M ...`, or `dino-eval PROTOCOL --model M ...`."""
 
+import os
+import sys
 import warnings
 from argparse import Namespace
-from pathlib import Path
 
-from accelerate import PartialState
-from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar
-from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+from .interruption import interruption
 
-from modeling_dino.command_line import Parser, run
 
-from . import suite
-from .processes import connect_processes
-from .protocols import MEASUREMENTS, add_command, add_protocols, measure_model
-from .report import format_table, write_reports
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "dino-eval":  # the libraries take seconds to import
+    interruption.listen("dino-eval")
+
+from accelerate import PartialState  # noqa: E402
+from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar  # noqa: E402
+from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar  # noqa: E402
+
+from modeling_dino.command_line import Parser, run_process  # noqa: E402
+
+from . import suite  # noqa: E402
+from .processes import connect_processes  # noqa: E402
+from .protocols import add_command, add_protocols, measure_model  # noqa: E402
+from .report import format_table, write_reports  # noqa: E402
 
 
 def measure(args: Namespace) -> None:
@@ -22,8 +29,6 @@ def measure(args: Namespace) -> None:
     for folder in ("features", "output_dir"):
         if len(models) > 1 and getattr(args, folder, None):
             raise ValueError(f"--{folder} is for one model, got {len(models)}; give each a folder of its own")
-    if getattr(args, "output", None) and Path(args.output).is_dir() and args.protocol in MEASUREMENTS:
-        raise ValueError(f"output must be a file, and {args.output} is a folder")
     reports = [measure_model(Namespace(**vars(args) | {"model": model})) for model in models]
     reports = [report for report in reports if report is not None]
     if reports and PartialState().is_main_process:
@@ -49,7 +54,8 @@ def evaluate_from_command_line(argv: list[str]) -> None:
 
 def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"dino-eval: warning: {message}\n"  # without a line of ours
-    run("dino-eval", evaluate_from_command_line)
+    interruption.listen("dino-eval")
+    run_process("dino-eval", evaluate_from_command_line)
 
 
 if __name__ == "__main__":

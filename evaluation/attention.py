@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from modeling_dino.command_line import Parser
 
 from .arguments import add_images
-from .attention_figures import blend, color_map, draw_attention, draw_figures, enlarge
+from .attention_figures import FIGURES, blend, color_map, draw_attention, draw_figures, enlarge
 from .attention_video import VIDEO_SUFFIXES, Video, write_video
 from .features import evaluating, find_eval_split
 from .images import decode_image, load_images
@@ -32,6 +32,7 @@ from .models import (
     taking,
     to_pixel_values,
 )
+from .outputs import check_outputs, mark, replacing, write_arrays
 from .pictures import find_images, to_picture
 
 
@@ -139,7 +140,8 @@ def draw_attention_of(model: PreTrainedModel, image_processor, images: Sequence[
     """
     pixel_values = to_pixel_values(image_processor, images)
     maps = cls_attention(model, pixel_values)
-    return draw_attention([to_picture(seen) for seen in _seen(image_processor, pixel_values)], maps, path)
+    seen = [to_picture(image) for image in _seen(image_processor, pixel_values)]
+    return draw_attention(seen, maps, path, origin="dino-train")
 
 
 def _seen(image_processor, pixel_values: torch.Tensor) -> np.ndarray:
@@ -275,13 +277,13 @@ def _load(args: Namespace) -> tuple[PreTrainedModel, object]:
 
 
 def _draw_video(args: Namespace, path: Path, output: Path) -> None:
-    if output.exists() and path.exists() and output.samefile(path):
-        raise ValueError(f"the video {path} cannot be its own output")
+    check_outputs(args, [output])
     model, image_processor = _load(args)
     video = Video(path, num_channels(model.config))
     short_side = _short_side(model, args.image_size)
     frames = attention_frames(model, image_processor, video, short_side, args.batch_size, args.overlay)
-    write_video(output, frames, video.rate)
+    with replacing(output) as temporary:
+        write_video(temporary, frames, video.rate, mark(args.protocol))
     print(f"wrote {output}")
 
 
@@ -297,6 +299,10 @@ def _draw_images(args: Namespace, output: Path) -> None:
     if is_sheet and len(images) > MAX_ROWS:
         raise ValueError(f"a sheet has at most {MAX_ROWS} rows, got {len(images)} images; give a folder as the output")
     names = _names(images)
+    suffixes = [f"_{kind}.png" for kind in FIGURES] + [".npz"] * args.save_arrays
+    beside = output.with_suffix(".npz")
+    files = [output / f"{name}{suffix}" for name in names for suffix in suffixes]
+    check_outputs(args, [output] + [beside] * args.save_arrays if is_sheet else files)
     model, image_processor = _load(args)
     sheet, arrays = [], {}
     for name, image in zip(tqdm(names, "attention", disable=None), images):
@@ -317,11 +323,11 @@ def _draw_images(args: Namespace, output: Path) -> None:
         if args.save_arrays and is_sheet:
             arrays |= {f"{name}_{what}": values for what, values in found.items()}
         elif args.save_arrays:
-            np.savez_compressed(output / f"{name}.npz", **found)
+            write_arrays(found, output / f"{name}.npz", mark(args.protocol))
     if is_sheet:
         draw_attention(*zip(*sheet), output)
     if arrays:
-        np.savez_compressed(output.with_suffix(".npz"), **arrays)
+        write_arrays(arrays, beside, mark(args.protocol))
     print(f"wrote {output}" if is_sheet else f"wrote the figures of {len(names)} images to {output}")
 
 

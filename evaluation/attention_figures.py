@@ -14,8 +14,11 @@ import torch
 from PIL import Image as PillowImage
 from scipy.ndimage import binary_erosion
 
+from .outputs import mark, write_figure, write_picture
+
 
 OPACITY = 0.6  # of colour that is laid over an image
+FIGURES = ("heads", "mean", "mask", "colors")  # of each image
 SMALLEST = 240  # short side of a figure in pixels
 
 
@@ -89,18 +92,21 @@ def colored_heads(picture: np.ndarray, attention: torch.Tensor, masks: torch.Ten
     return colored
 
 
-def draw_attention(images: Sequence[np.ndarray], attention: Sequence[torch.Tensor], path: Path) -> Path:
+def draw_attention(
+    images: Sequence[np.ndarray], attention: Sequence[torch.Tensor], path: Path, origin: str = mark("attention")
+) -> Path:
     """Draws a row for every image: the image, the mean of its attention maps, and each head's map.
 
     Args:
         images: What the model saw, each (height, width, 3) in uint8.
         attention: For each image (heads, rows, columns) of `cls_attention`.
         path: PNG to write.
+        origin: See `mark`.
     """
     panels = [
         panel for image, maps in zip(images, attention) for panel in [image, *_maps_in_color(image, maps)]
     ]  # fmt: skip
-    return _draw_panels(panels, _titles(attention[0]), path, columns=2 + len(attention[0]), width=1.3, dpi=150)
+    return _draw_panels(panels, _titles(attention[0]), path, origin, columns=2 + len(attention[0]), width=1.3, dpi=150)
 
 
 def draw_figures(picture: np.ndarray, attention: torch.Tensor, masks: torch.Tensor, folder: Path, name: str) -> None:
@@ -111,18 +117,18 @@ def draw_figures(picture: np.ndarray, attention: torch.Tensor, masks: torch.Tens
     NAME_mask.png: each head's mask over the image, with its contour.
     NAME_colors.png: all masks in one, in the same colours, pixel by pixel.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    origin = mark("attention")
     times = max(1, SMALLEST // min(picture.shape[:2]))
     picture = picture.repeat(times, axis=0).repeat(times, axis=1)
-    paths = {kind: folder / f"{name}_{kind}.png" for kind in ("heads", "mean", "mask", "colors")}
+    paths = {kind: folder / f"{name}_{kind}.png" for kind in FIGURES}
     titles = _titles(attention)
-    _draw_panels([picture, *_maps_in_color(picture, attention)], titles, paths["heads"])
+    _draw_panels([picture, *_maps_in_color(picture, attention)], titles, paths["heads"], origin)
     mean = enlarge(color_map(attention.mean(0).numpy()), picture.shape[:2])
-    PillowImage.fromarray(blend(picture, mean)).save(paths["mean"])
+    write_picture(PillowImage.fromarray(blend(picture, mean)), paths["mean"], origin)
     colors = head_colors(len(attention))
     overlays = [mask_overlay(picture, mask.numpy(), color) for mask, color in zip(masks, colors)]
-    _draw_panels(overlays, titles[2:], paths["mask"])
-    PillowImage.fromarray(colored_heads(picture, attention, masks)).save(paths["colors"])
+    _draw_panels(overlays, titles[2:], paths["mask"], origin)
+    write_picture(PillowImage.fromarray(colored_heads(picture, attention, masks)), paths["colors"], origin)
 
 
 def _titles(attention: torch.Tensor) -> list[str]:
@@ -138,6 +144,7 @@ def _draw_panels(
     panels: Sequence[np.ndarray],
     titles: Sequence[str],
     path: Path,
+    origin: str,
     columns: int | None = None,
     width: float = 2,
     dpi: int = 200,
@@ -167,7 +174,5 @@ def _draw_panels(
         axis.imshow(panel, interpolation="nearest" if max(panel.shape) < width * dpi else None)
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, bbox_inches=bbox, pad_inches=0.02)
-    plt.close(figure)
+    write_figure(figure, path, origin, dpi=dpi, bbox_inches=bbox, pad_inches=0.02)
     return path

@@ -61,29 +61,24 @@ class Video:
             raise ValueError(f"{self.path} has no frames")
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction) -> None:
+def write_video(path: Path, frames: Iterable[np.ndarray], rate: Fraction, origin: str) -> None:
     """Writes frames, each RGB (height, width, 3) in uint8, as H.264 that every player shows (yuv420p).
 
-    Nothing is written if there is no first frame, and a video that is there is whole. Sides become even, as the format
-    wants: an odd one loses a pixel.
+    Nothing is written if there is no first frame. Sides become even, as the format wants: an odd one loses a pixel.
+    The tag `comment` names the origin.
     """
     av = import_av()
     frames = iter(frames)
     first = next(frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = (side // 2 * 2 for side in first.shape[:2])
-    incomplete = path.with_name(f".{path.name}")
-    try:
-        with av.open(str(incomplete), "w") as container:
-            stream = container.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
-            stream.options = {"crf": "18"}  # cells keep their edges
-            container.mux(stream.encode(_frame(av, first[:height, :width])))
-            for pixels in frames:
-                container.mux(stream.encode(_frame(av, pixels[:height, :width])))
-            container.mux(stream.encode())
-        incomplete.replace(path)
-    finally:
-        incomplete.unlink(missing_ok=True)
+    with av.open(str(path), "w") as container:
+        container.metadata["comment"] = origin
+        stream = container.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+        stream.options = {"crf": "18"}  # cells keep their edges
+        container.mux(stream.encode(_frame(av, first[:height, :width])))
+        for pixels in frames:
+            container.mux(stream.encode(_frame(av, pixels[:height, :width])))
+        container.mux(stream.encode())
 
 
 def _frame(av, pixels: np.ndarray):

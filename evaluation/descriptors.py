@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image as PillowImage
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .images import decode_image, pixel_hash
 from .models import mean_and_std, num_channels
 from .processes import of_all_processes
+from .workers import Loader
 
 
 @dataclass
@@ -87,7 +88,7 @@ def describe_images(
 
     def share() -> tuple[torch.Tensor, list[int]]:
         mine = np.array_split(np.arange(len(rows)), state.num_processes)[state.process_index].tolist()
-        loader = DataLoader(Subset(rows, mine), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+        loader = Loader(Subset(rows, mine), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
         features, hashes = [], []
         # on a terminal alone
         for images, batch_hashes, names in tqdm(

@@ -6,6 +6,7 @@ goes on where it was stopped, with any number of processes.
 
 import json
 import math
+import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,9 +19,8 @@ import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -29,10 +29,12 @@ from modeling_dino.command_line import Parser
 from .arguments import add_dataset, add_extraction, add_model
 from .images import content_of, decode_image, load_images, pixel_hash, split_names
 from .models import describe_model, load_model, num_channels, pooled, run_model, to_pixel_values
+from .outputs import check_outputs, replacing, write_text
 from .processes import of_all_processes
-from .report import write_text
+from .workers import Loader
 
 
+MANIFEST = "manifest.json"  # of kept features
 PART_SIZE = 4096  # images in a file of kept features
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -157,7 +159,7 @@ def _extract_share(
     """`extract_features` of what one process gets."""
     collate = ImageCollator(image_processor, num_channels(model.config))
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
-    loader = DataLoader(
+    loader = Loader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
     )
     num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
@@ -191,6 +193,7 @@ def keep_features(
     data: dict,
     batch_size: int = 64,
     num_workers: int = 0,
+    overwrite: bool = False,
 ) -> Features:
     """`extract_features` with `folder` to keep them in: what is there already is not computed again.
 
@@ -202,11 +205,12 @@ def keep_features(
             `manifest.json`, whose `num_images` is there when all are.
         name: The model's, for the manifest.
         data: What is known of the data set beforehand, for the manifest.
+        overwrite: Whether to replace features of another model, data set, image processor or dtype.
         Others: see `extract_features`.
 
     Raises:
         ValueError: a stream, of which no part can be read alone; features of another model, data set, image processor
-            or dtype in `folder`.
+            or dtype in `folder`, or damaged ones.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("features of a stream cannot be kept: leave out --streaming or --features")
@@ -220,20 +224,18 @@ def keep_features(
         "part_size": PART_SIZE,
         "num_images": None,
     }
-    path = folder / "manifest.json"
-    if path.exists():
-        kept = json.loads(path.read_text())
-        for key in manifest.keys() - {"num_images", "class_names"}:
-            if kept[key] != manifest[key]:
-                raise ValueError(
-                    f"{folder} has features of another {key} ({_difference(kept[key], manifest[key])}); "
-                    "choose another folder"
-                )
-        if kept["num_images"] is not None:
-            return read_features(folder)
+    path = folder / MANIFEST
+    try:
+        is_complete = _check_kept(folder, manifest)
+    except ValueError:
+        if not overwrite:
+            raise
+        is_complete = None
     state.wait_for_everyone()  # all have looked before the first one writes
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process and not is_complete:
+        if is_complete is None:
+            for file in folder.glob("part-*.safetensors"):
+                file.unlink()
         write_text(path, json.dumps(manifest, indent=2))
     state.wait_for_everyone()
 
@@ -248,19 +250,71 @@ def keep_features(
             rows = dataset.select(range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(dataset))))
             description = f"{data['split']}, part {part + 1} of {num_parts}"
             computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description)
-            temporary = file.with_suffix(".incomplete")
-            save_file(
-                {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)},
-                temporary,
-                {"labels": json.dumps(computed.labels.tolist())},
-            )
-            temporary.replace(file)
+            tensors = {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)}
+            with replacing(file) as temporary:
+                save_file(tensors, temporary, {"labels": json.dumps(computed.labels.tolist())})
 
     of_all_processes(share, f"features of {data['split']}")
-    if state.is_main_process:
+    if state.is_main_process and not is_complete:
         write_text(path, json.dumps(manifest | {"num_images": len(dataset)}, indent=2))
     state.wait_for_everyone()
     return read_features(folder)
+
+
+def _check_kept(folder: Path, manifest: dict) -> bool | None:
+    """Return whether kept features are complete, None if there are none.
+
+    Raises:
+        ValueError: features that the manifest given does not describe.
+    """
+    kept = read_manifest(folder)
+    if kept is None:
+        return None
+    for key in manifest.keys() - {"num_images", "class_names"}:
+        if kept[key] != manifest[key]:
+            raise ValueError(
+                f"{folder} has features of another {key} ({_difference(kept[key], manifest[key])}); choose another "
+                "folder, or give --overwrite"
+            )
+    return kept["num_images"] is not None
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """Return the manifest of kept features, None if there is none.
+
+    Raises:
+        ValueError: a manifest that is damaged or is not one of features, or parts without a manifest.
+    """
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        if parts := sorted(folder.glob("part-*.safetensors")):
+            raise ValueError(f"{parts[0]} has no {MANIFEST} beside it. Delete {folder}, or choose another --features.")
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        names = ("model", "image_processor", "dtype", "class_names", "part_size", "num_images")
+        range(0, manifest["num_images"] or 0, manifest["part_size"])  # fails unless they are numbers
+        return {name: manifest[name] for name in names} | {"data": dict(manifest["data"])}
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged, or is not a manifest of features. Delete {folder} and run the command that made it "
+            "again, or choose another --features."
+        ) from error
+
+
+def _read_part(path: Path) -> Features:
+    try:
+        with safe_open(path, "pt") as opened:
+            labels = np.array(json.loads(opened.metadata()["labels"]))
+            part = Features(opened.get_tensor("features").float(), labels, opened.get_tensor("hashes").numpy())
+        if not (part.features.ndim == 2 and len(part.features) == len(part.labels) == len(part.hashes)):
+            raise ValueError(f"{len(part.labels)} labels")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged. Delete it and run the command that made it again, with --model and "
+            "--dataset_name."
+        ) from error
+    return part
 
 
 def _difference(kept, given) -> str:
@@ -274,19 +328,19 @@ def read_features(folder: Path) -> Features:
     """What `keep_features` has written.
 
     Raises:
-        ValueError: if there is nothing, or not all of it yet.
+        ValueError: if there is nothing, or not all of it yet, or a file that is damaged.
     """
-    path = folder / "manifest.json"
-    if not path.exists():
+    manifest = read_manifest(folder)
+    if manifest is None:
         raise ValueError(f"there are no features in {folder}; `dino-eval features` makes them")
-    manifest = json.loads(path.read_text())
     if manifest["num_images"] is None:
         raise ValueError(f"the features in {folder} are not complete; run the command that made them again")
-    parts = []
-    for part in range(math.ceil(manifest["num_images"] / manifest["part_size"])):
-        with safe_open(folder / f"part-{part:05d}.safetensors", "pt") as opened:
-            labels = np.array(json.loads(opened.metadata()["labels"]))
-            parts.append(Features(opened.get_tensor("features").float(), labels, opened.get_tensor("hashes").numpy()))
+    num_parts = math.ceil(manifest["num_images"] / manifest["part_size"])
+    parts = [_read_part(folder / f"part-{part:05d}.safetensors") for part in range(num_parts)]
+    if len({part.features.shape[1] for part in parts}) != 1 or sum(map(len, parts)) != manifest["num_images"]:
+        raise ValueError(
+            f"the parts in {folder} do not fit its {MANIFEST}. Delete {folder} and run the command that made it again."
+        )
     features = _join(parts)
     features.class_names, features.model, features.data = (
         manifest["class_names"],
@@ -317,11 +371,29 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     return features
 
 
-def _new_features(args: Namespace, split: str, no_labels: str | None) -> Features:
+def check_features(args: Namespace, *names: str) -> None:
+    """Check the folders in --features that a command will fill, before any work.
+
+    Raises:
+        ValueError: see `read_manifest`, without --overwrite; and `check_outputs`.
+    """
+    if args.features and args.model:
+        for folder in (Path(args.features) / name for name in names):
+            check_outputs(args, [folder / "part-00000.safetensors"], is_ours=lambda path: True)
+            if not args.overwrite:
+                read_manifest(folder)
+
+
+def _check_given(args: Namespace) -> None:
     if not args.model or not args.dataset_name:
         raise ValueError(
             "give --model and --dataset_name, or --features, a folder that `dino-eval features` has filled"
         )
+
+
+def _new_features(args: Namespace, split: str, no_labels: str | None) -> Features:
+    _check_given(args)
+    check_features(args, split)
     dataset = load_images(
         args.dataset_name, args.dataset_config_name, split, args.image_column, args.label_column, args.streaming
     )
@@ -330,10 +402,10 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
     model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
     data = describe_data(args, split, dataset)
     if args.features:
-        folder = Path(args.features) / split
         return keep_features(
-            folder, args.model, model, dataset, image_processor, data, args.batch_size, args.num_workers
-        )
+            Path(args.features) / split, args.model, model, dataset, image_processor, data, args.batch_size,
+            args.num_workers, args.overwrite,
+        )  # fmt: skip
     features = extract_features(
         model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}"
     )
@@ -352,6 +424,7 @@ def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
         ValueError: see `features_of`; images without labels, or one class only.
     """
     eval_split = find_eval_split(args)
+    check_features(args, args.train_split, eval_split)
     train = features_of(args, args.train_split, with_labels=True)
     test = features_of(args, eval_split, with_labels=True) if eval_split != args.train_split else None
     if len(np.unique(train.labels)) < 2:
@@ -393,10 +466,11 @@ def find_eval_split(args: Namespace) -> str:
     if args.features and not args.model:
         names = [
             path.parent.name
-            for path in Path(args.features).glob("*/manifest.json")
-            if json.loads(path.read_text())["data"]["split"] == path.parent.name
+            for path in Path(args.features).glob(f"*/{MANIFEST}")
+            if read_manifest(path.parent)["data"]["split"] == path.parent.name
         ]  # else inputs of `linear`
     else:
+        _check_given(args)
         names = split_names(args.dataset_name, args.dataset_config_name, args.streaming)
     for name in ("test", "validation"):
         if name in names:
@@ -419,7 +493,9 @@ def measure(args: Namespace) -> None:
         raise ValueError("give --features, the folder to write")
     if not args.model or not args.dataset_name:
         raise ValueError("give --model and --dataset_name")
-    for split in args.splits or split_names(args.dataset_name, args.dataset_config_name, args.streaming):
+    splits = args.splits or split_names(args.dataset_name, args.dataset_config_name, args.streaming)
+    check_features(args, *splits)
+    for split in splits:
         features = features_of(args, split)
         if PartialState().is_main_process:
             shape = " x ".join(map(str, features.features.shape))

@@ -31,12 +31,15 @@ from .arguments import add_dataset, add_model, add_output
 from .features import class_names, describe_data, extract_features, warn_of_shared_images
 from .images import content_of
 from .models import describe_model, load_model, num_channels, run_model
+from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
 from .supervised import (
     AugmentedImages,
     Batches,
     ComputedFeatures,
+    check_run_folder,
+    discard_other_run,
     evaluation_split,
     hits,
     index_classes,
@@ -335,6 +338,8 @@ def _check(args: Namespace) -> None:
 
 def measure(args: Namespace) -> Report:
     _check(args)
+    if args.output_dir:
+        check_run_folder(args)
     training, test = load_splits(args)
     names, targets, test_targets = index_classes(training["label"][:], test["label"][:], class_names(training))
     backbone, image_processor = load_model(args.model, args.image_size)
@@ -352,6 +357,8 @@ def measure(args: Namespace) -> Report:
         args, batch_size=batch_size, model=described, train=data, classes=names, mixed_precision=precision
     )
     folder = Path(args.output_dir) if args.output_dir else None
+    if folder is not None and args.overwrite:
+        discard_other_run(folder, settings)
     model, _, hashes = train(
         model,
         AugmentedImages(training, targets, transform, channels, args.seed),
@@ -368,8 +375,9 @@ def measure(args: Namespace) -> Report:
         settings,
     )
     if folder is not None and accelerator.is_main_process:
-        model.save_pretrained(folder)
-        image_processor.save_pretrained(folder)
+        with filling(folder) as temporary:
+            model.save_pretrained(temporary)
+            image_processor.save_pretrained(temporary)
     network = ComputedFeatures(model, lambda pixel_values: run_model(model, pixel_values).logits)
     logits = extract_features(
         network, test, image_processor, args.batch_size, args.num_workers, f"{args.model}, {evaluation_split(args)}"

@@ -32,6 +32,7 @@ from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import (
     DTYPES,
     Features,
+    check_features,
     class_names,
     describe_data,
     extract_features,
@@ -41,12 +42,15 @@ from .features import (
 )
 from .images import content_of, load_images
 from .models import describe_model, load_model, num_channels, tokens
+from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
 from .supervised import (
     AugmentedImages,
     Batches,
     ComputedFeatures,
+    check_run_folder,
+    discard_other_run,
     evaluation_split,
     hits,
     index_classes,
@@ -423,11 +427,12 @@ class KeptFeatures:
         kind = f"last{inputs['n_last_blocks']}"
         kind += "-avgpool" * inputs["avgpool_patchtokens"] + "-interleaved" * inputs["interleave_features"]
         columns = (args.image_column, args.label_column, args.streaming)
+        check_features(args, f"{split}-{kind}")
         images = load_images(args.dataset_name, args.dataset_config_name, split, *columns)
         data = describe_data(args, split, images) | {"inputs": kind}
         return keep_features(
             Path(args.features) / f"{split}-{kind}", args.model, self.network, images, self.image_processor, data,
-            args.batch_size, args.num_workers,
+            args.batch_size, args.num_workers, args.overwrite,
         )  # fmt: skip
 
 
@@ -440,6 +445,10 @@ def measure(args: Namespace) -> Report:
             f"epochs must be at least 1 and val_fraction between 0 and 1, got {args.epochs} and {args.val_fraction}"
         )
     folder = Path(args.output_dir) if args.output_dir else None
+    if folder is not None:
+        check_run_folder(args)
+    if args.model and not args.dataset_name:
+        raise ValueError("give --dataset_name, too; --features alone can be measured without --model")
     if not args.model:
         if not args.features or folder is not None:
             raise ValueError("give --model; --features alone can be measured, but there is nothing to save with them")
@@ -471,6 +480,8 @@ def measure(args: Namespace) -> Report:
     order = Batches(np.setdiff1d(np.arange(len(targets)), held_out), batch_size, args.seed)
     described = describe_model(model, args.model) if model is not None else images.test.model
     settings = run_settings(args, batch_size=batch_size, model=described, train=images.data, classes=names)
+    if folder is not None and args.overwrite:
+        discard_other_run(folder, settings)
     classifiers, losses = train_classifiers(
         images.batches(targets, order), order, images.test.features.shape[1], len(names), rates, args.epochs, folder,
         settings,
@@ -488,7 +499,8 @@ def measure(args: Namespace) -> Report:
         raise ValueError(f"the loss with learning rate {rates[selected]:g} is not finite; lower it")
     scores = _hits(classifiers[selected], images.test.features, test_targets, "linear") | scores
     if folder is not None and PartialState().is_main_process:
-        save_classifier(folder, model, image_processor, classifiers[selected], names, **inputs)
+        with filling(folder) as temporary:
+            save_classifier(temporary, model, image_processor, classifiers[selected], names, **inputs)
     data = {"train": images.data, "test": images.test.data, "inputs": inputs, "batch_size_of_all": batch_size}
     data |= {"num_trained": len(order.indices), "num_held_out": len(held_out)}
     return make_report(args, described, data | {"selected_learning_rate": rates[selected]}, scores)

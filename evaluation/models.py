@@ -4,10 +4,13 @@ Beside Hub ids and folders, `untrained:M` is the network of M with random weight
 but what the image processor of M makes of an image: what a comparison starts from.
 """
 
+import contextlib
 import hashlib
 import inspect
+import json
+import pickle
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,8 +29,10 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as transformers_logging
 
 from modeling_dino import DINOConfig, DINOModel  # which makes AutoModel know DINO
+from modeling_dino.command_line import one_line
 from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_processor
 
 from .images import is_path
@@ -66,23 +72,40 @@ def load_model(
         dtype: Of the weights.
 
     Raises:
-        ValueError: a path that is no folder; a checkpoint that lacks weights of the model, other than a stock ViT's
-            pooler, which nothing uses.
+        ValueError: a path that is no folder; a file that is missing or damaged, or that asks for more memory than
+            there is; weights of other shapes than the model's; a checkpoint that lacks weights of the model, other
+            than a stock ViT's pooler, which nothing uses.
     """
     kind, source = _kind_and_source(name)
+    with _named_errors(source, "config.json"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        channels = num_channels(config)
+    with _named_errors(source, "preprocessor_config.json"):
+        backend = "pil" if channels in PILLOW_MODES else "torchvision"
+        processor = AutoImageProcessor.from_pretrained(source, backend=backend, trust_remote_code=False)
+        mean_and_std(processor, channels)
+        to_pixel_values(processor, [np.zeros((channels, 64, 64), np.uint8)])
     if not kind:
-        model, info = AutoModel.from_pretrained(source, output_loading_info=True, dtype=dtype)
+        _check_headers(Path(source))
+        with _named_errors(source, _weights_file(source)), _quiet():
+            model, info = AutoModel.from_pretrained(
+                source, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True, trust_remote_code=False
+            )
+        for key, found, expected in sorted(info["mismatched_keys"]):
+            raise ValueError(
+                f"the weight {key} of {source} has the shape {tuple(found)}, and config.json asks for "
+                f"{tuple(expected)}. Copy or convert config.json and weights again, together."
+            )
         missing = sorted(info["missing_keys"])
         if model.config.model_type in _WITH_UNTRAINED_POOLER:
             missing = [key for key in missing if not key.startswith("pooler.")]
         if missing:
             raise ValueError(f"{source} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
     else:
-        config = AutoConfig.from_pretrained(source)
         set_seed(0)
-        model = (
-            RawPixels(num_channels(config)) if kind == "raw_pixels:" else AutoModel.from_config(config, dtype=dtype)
-        )
+        with _named_errors(source, "config.json"):
+            is_raw = kind == "raw_pixels:"
+            model = RawPixels(channels) if is_raw else AutoModel.from_config(config, dtype=dtype)
     network = getattr(model, "timm_model", None)
     if getattr(network, "pos_embed", None) is not None and hasattr(network, "dynamic_img_size"):
         # as that option of the constructor does, which networks without it do not know
@@ -91,13 +114,69 @@ def load_model(
         network.dynamic_img_size, embedding = True, network.patch_embed
         embedding.strict_img_size, embedding.flatten, embedding.output_fmt = False, False, Format.NHWC
     model.eval().to(PartialState().device)
-    channels = num_channels(model.config)
-    backend = "pil" if channels in PILLOW_MODES else "torchvision"
-    processor = AutoImageProcessor.from_pretrained(source, backend=backend)
     if image_size is not None:
         mean, std = (values.flatten().tolist() for values in mean_and_std(processor, channels))
         processor = make_image_processor(image_size, channels, mean, std)
     return model, processor
+
+
+@contextlib.contextmanager
+def _named_errors(source: str, file: str) -> Iterator[None]:
+    """Context manager in which what libraries raise becomes a ValueError that names the file of a model."""
+    try:
+        yield
+    except ImportError:  # an extra that is missing
+        raise
+    except Exception as error:
+        path, is_local = Path(source) / file, Path(source).is_dir()
+        if not is_local and isinstance(error, (OSError, ValueError)):  # the Hub's, which name the model
+            raise
+        reason = one_line(error)
+        if is_local and not path.exists():
+            problem = "is missing"
+        elif is_local and path.suffix == ".json" and not _is_json_object(path):
+            problem = "is not a JSON object"
+        elif isinstance(error, MemoryError) or re.search("alloc|out of memory|Storage size|overflow", reason):
+            path = path if path.suffix == ".json" else Path(source) / "config.json"
+            problem = "asks for more memory than there is"
+        elif isinstance(error, pickle.UnpicklingError):
+            problem = "is not a PyTorch file of weights"
+        else:
+            problem = f"cannot be used: {reason.rstrip('.')}"
+        raise ValueError(f"{path} {problem}. Copy, download or convert the model again.") from error
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
+
+
+def _weights_file(source: str) -> str:
+    """The name of the first file of weights, as far as a folder has one."""
+    names = sorted(path.name for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin"))
+    return names[0] if names else "model.safetensors"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Context manager in which transformers prints no report of weights, of which errors tell."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _check_headers(folder: Path) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy, download or convert the model again.") from error
 
 
 def _kind_and_source(name: str) -> tuple[str, str]:
@@ -114,7 +193,7 @@ def revision_of(name: str) -> str | None:
     kind, source = _kind_and_source(name)
     suffixes = (".json",) if kind else (".json", ".safetensors", ".bin")
     if not Path(source).is_dir():
-        return AutoConfig.from_pretrained(source)._commit_hash
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(source).iterdir() if path.suffix in suffixes):
         digest.update(path.read_bytes())
@@ -163,7 +242,7 @@ def run_model(model: PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
         return model(pixel_values.to(model.device, model.dtype, non_blocking=True), **kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def taking(pixel_values: torch.Tensor) -> Iterator[None]:
     """Of timm's networks, those that do not take images of such a size say it by an assertion; here, a ValueError."""
     try:

@@ -10,6 +10,7 @@ from modeling_dino.command_line import Parser
 
 from .descriptors import image_rows
 from .images import IMAGE_SUFFIXES
+from .outputs import check_outputs, mark, write_arrays, write_figure
 
 
 def add_picture(parser: Parser, output: str, num_images: int, meaning: str) -> None:
@@ -35,13 +36,15 @@ def add_files(parser: Parser, output: str) -> None:
 
 
 def check_files(args: Namespace) -> None:
-    """Before any work.
+    """Check --output and the .npz beside it, before any work.
 
     Raises:
-        ValueError: an output that is no .png.
+        ValueError: an output that is not a .png; see also `check_outputs`.
     """
-    if Path(args.output).suffix != ".png":
+    path = Path(args.output)
+    if path.suffix != ".png":
         raise ValueError(f"output must be a file that ends in .png, got {args.output}")
+    check_outputs(args, [path, path.with_suffix(".npz")] if args.save_arrays else [path])
 
 
 def find_images(given: Sequence[str]) -> list[dict]:
@@ -68,14 +71,10 @@ def to_picture(pixels: np.ndarray) -> np.ndarray:
 
 def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:
     """Writes --output and, if wanted, --save_arrays, and prints their names."""
-    from matplotlib import pyplot as plt
-
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=200, bbox_inches="tight", pad_inches=0.03)
-    plt.close(figure)
-    beside = Path(args.output).with_suffix(".npz")
+    origin, beside = mark(args.protocol), Path(args.output).with_suffix(".npz")
+    write_figure(figure, Path(args.output), origin, dpi=200, bbox_inches="tight", pad_inches=0.03)
     if args.save_arrays:
-        np.savez_compressed(beside, **arrays)
+        write_arrays(arrays, beside, origin)
     print(f"wrote {args.output}" + f" and {beside}" * args.save_arrays)
 
 

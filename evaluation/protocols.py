@@ -5,6 +5,7 @@ writes files. With several processes it is called on all of them.
 """
 
 from argparse import Namespace
+from pathlib import Path
 
 from modeling_dino.command_line import Parser
 
@@ -26,6 +27,7 @@ from . import (
     segmentation_masks,
     video_segmentation,
 )
+from .outputs import check_outputs
 from .report import Report
 
 
@@ -61,6 +63,12 @@ def add_command(commands, name: str, module) -> None:
     summary = module.__doc__.partition("\n")[0].rstrip(".")
     command: Parser = commands.add_parser(name, help=summary, description=summary)
     module.add_arguments(command)
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replacement of files, features and runs at the output that are not from this command and its settings. "
+        "Default: an error",
+    )
     command.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
 
 
@@ -68,4 +76,6 @@ def measure_model(args: Namespace) -> Report | None:
     """Runs a command with its one model."""
     if getattr(args, "batch_size", 1) < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+    if args.protocol in MEASUREMENTS and args.output:
+        check_outputs(args, [Path(args.output)])
     return PROTOCOLS[args.protocol].measure(args)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from .outputs import write_text
+
 
 LEVEL = 0.95  # of the intervals
 NUM_RESAMPLES = 1000
+_NOT_SETTINGS = ("protocol", "output", "overwrite", "model")
 VERSIONS = ("torch", "torchvision", "transformers", "datasets", "dino-hf")
 
 
@@ -95,7 +98,7 @@ def make_report(
         data=data,
         values={name: float(np.mean(items)) for name, items in scores.items()} | (values or {}),
         intervals=mean_intervals(scores) | (intervals or {}),
-        settings={name: value for name, value in vars(args).items() if name not in ("protocol", "output", "model")},
+        settings={name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS},
         versions={package: version(package) for package in VERSIONS},
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -128,15 +131,7 @@ def format_table(reports: list[Report]) -> str:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that is there is whole."""
-    temporary = path.with_name(f"{path.name}.incomplete")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
-
-
 def write_reports(reports: list[Report], output: str) -> None:
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps([asdict(report) for report in reports], indent=2, default=str))
     print(f"wrote {path}")

@@ -28,14 +28,20 @@ from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest, on
 
 from .images import is_path
 from .models import revision_of
+from .outputs import check_outputs, is_from, mark, replacing, write_figure, write_text
 from .processes import of_all_processes
 from .protocols import MEASUREMENTS, add_protocols, measure_model
-from .report import Report, format_value, short_name, write_text
+from .report import Report, format_value, short_name
 
 
 # see other crops of an image in every epoch, so that kept features are not for them
 _AUGMENTED = ("linear", "finetune")
 _ABOUT_FEATURES = ("dataset_name", "dataset_config_name", "image_column", "label_column", "image_size", "dtype")
+
+
+# how tables begin, by which they are recognized
+_HEAD = "| protocol, data | value | "
+_COLUMNS = ("measurement", "name", "model", "revision", "value", "low", "high")
 
 
 @dataclass
@@ -67,10 +73,13 @@ def read_config(path: Path, places: dict[str, str]) -> list[Entry]:
     """
     try:
         config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(config, dict) or config.keys() != {"data", "measure"}:
         raise ValueError(f"{path} must have `data` and `measure`, got {list(config) if config else 'nothing'}")
+    entries = config["measure"] if isinstance(config["measure"], list) else [None]
+    if not all(isinstance(given, dict) for given in (config["data"], *entries)):
+        raise ValueError(f"{path} must have a mapping in `data` and a list of mappings in `measure`")
     for name in places:
         if name not in config["data"]:
             raise ValueError(f"{path} has no data named {name}{nearest(name, config['data'])}")
@@ -99,7 +108,7 @@ def read_config(path: Path, places: dict[str, str]) -> list[Entry]:
             values = value if isinstance(value, list) else [value]
             argv += [f"--{name}", *(places[used[0]] if item == used[0] else str(item) for item in values)]
         args = parser.parse_args(argv)
-        del args.debug
+        del args.debug, args.overwrite
         name = f"{protocol}, {used[0]}"
         if sum(other.get("protocol") == protocol and used[0] in other.values() for other in config["measure"]) > 1:
             name += "".join(f", {flag} {value}" for flag, value in flags.items() if value != used[0])
@@ -138,7 +147,7 @@ def _key(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[dict, dict]:
+def measure_all(entries: list[Entry], models: list[str], folder: Path, overwrite: bool = False) -> tuple[dict, dict]:
     """Reports and reasons of failures, both by model and number of the entry; see the module."""
     reports, failures = {}, {}
     revisions = {model: revision_of(model) for model in models}  # a mistyped name is told before hours of work
@@ -151,10 +160,15 @@ def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[
                 folder / "reports" / f"{args.protocol}-{_key(vars(args), revisions[model], states[entry.place])}.json"
             )
             if path.exists():
-                reports[model, number] = Report(**json.loads(path.read_text()))
-                if is_main:
-                    print(f"{entry.name}: {model} (was there already)")
+                try:
+                    reports[model, number] = Report(**json.loads(path.read_text()))
+                except (ValueError, TypeError):  # not JSON, or other fields
+                    failures[model, number] = f"{path} is damaged. Delete it and run the command again"
+                else:
+                    if is_main:
+                        print(f"{entry.name}: {model} (was there already)")
                 continue
+            args.overwrite = overwrite
             if "features" in vars(args) and args.protocol not in _AUGMENTED:
                 source = {name: getattr(args, name) for name in _ABOUT_FEATURES}
                 source_key = _key(source, model, revisions[model], states[entry.place])
@@ -170,7 +184,6 @@ def measure_all(entries: list[Entry], models: list[str], folder: Path) -> tuple[
                 continue
             reports[model, number] = report
             if is_main:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps(asdict(report), indent=2, default=str))
     return reports, failures
 
@@ -186,18 +199,24 @@ def make_rows(entries: list[Entry], models: list[str], reports: dict) -> list[Ro
 
 
 def to_markdown(rows: list[Row], models: list[str]) -> str:
-    lines = ["| protocol, data | value | " + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
+    lines = [_HEAD + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
     for row in rows:
         cells = [format_value(row.reports[model], row.value) if model in row.reports else "" for model in models]
         lines.append(f"| {row.entry.name} | {row.value} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _is_table(path: Path) -> bool:
+    if path.suffix == ".png":
+        return is_from(path, "suite")
+    return path.is_file() and path.read_bytes().startswith((_HEAD.encode(), ",".join(_COLUMNS).encode()))
+
+
 def write_csv(rows: list[Row], path: Path) -> None:
     """A line for each value of each model."""
-    with path.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["measurement", "name", "model", "revision", "value", "low", "high"])
+        writer.writerow(_COLUMNS)
         for row in rows:
             for model, report in row.reports.items():
                 low, high = report.intervals.get(row.value, ("", ""))
@@ -239,8 +258,7 @@ def draw(rows: list[Row], models: list[str], path: Path) -> None:
     axes.flat[0].invert_yaxis()
     for axis in axes.flat[len(rows) :]:
         axis.set_axis_off()
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    write_figure(figure, path, mark("suite"), dpi=200)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -259,6 +277,9 @@ def measure(args: Namespace) -> None:
     path = find_config(args.config, CONFIGS / "eval", ".yaml")
     entries = read_config(path, dict(given.split("=", 1) for given in args.data))
     is_main, folder = PartialState().is_main_process, Path(args.output_dir)
+    files = [folder / name for name in ("table.md", "table.csv", "table.png")]
+    inputs = Namespace(**vars(args) | {"places": [entry.place for entry in entries]})
+    check_outputs(inputs, files, is_ours=_is_table)
     # one process asks the Hub, lest the others hear something else
     places = of_all_processes(lambda: {e.place: is_at_hand(e.place) for e in entries} if is_main else {}, "the data")[
         0
@@ -269,11 +290,10 @@ def measure(args: Namespace) -> None:
             print(f"left out: there is no {name} here; say where it lies by --data {name}=PLACE")
     if not at_hand:
         raise ValueError(f"none of the data of {path} is at hand")
-    reports, failures = measure_all(at_hand, args.model, folder)
+    reports, failures = measure_all(at_hand, args.model, folder, args.overwrite)
     rows = make_rows(at_hand, args.model, reports)
     if is_main and reports:
         table = to_markdown(rows, args.model)
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "table.md", table)
         write_csv(rows, folder / "table.csv")
         draw(rows, args.model, folder / "table.png")

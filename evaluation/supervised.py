@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -26,11 +25,15 @@ from modeling_dino.image_processing_dino import PILLOW_MODES
 from .features import check_class_names, class_names, find_eval_split
 from .images import decode_image, load_images, pixel_hash
 from .models import mean_and_std, to_pixel_values
+from .outputs import check_outputs, replacing, write_text
+from .workers import Loader
 
 
 CHECKPOINT = "checkpoint.pt"
+# other files that runs write to their folders
+_RUN_FILES = ("log.jsonl", "config.json", "preprocessor_config.json", "*.safetensors", "*.py")
 # settings of a run that another machine may have differently, and the numbers are the same
-_ABOUT_THE_MACHINE = ("protocol", "output", "output_dir", "num_workers", "features")
+_ABOUT_THE_MACHINE = ("protocol", "output", "output_dir", "overwrite", "num_workers", "features")
 
 
 def seed_of(*key: int | str) -> int:
@@ -128,9 +131,9 @@ class Batches:
             yield size, len(range(state.process_index, size, state.num_processes)) / size
 
 
-def make_loader(images: AugmentedImages, order: Batches, num_workers: int) -> DataLoader:
+def make_loader(images: AugmentedImages, order: Batches, num_workers: int) -> Loader:
     """Batches of pixel values, classes and hashes; set `order.epoch` before each epoch."""
-    return DataLoader(
+    return Loader(
         images,
         batch_sampler=order,
         num_workers=num_workers,
@@ -235,22 +238,61 @@ def run_settings(args: Namespace, **changes) -> dict:
     return json.loads(json.dumps(settings | changes))
 
 
+def check_run_folder(args: Namespace) -> None:
+    """Check --output_dir before any work: a run there is recognized by its checkpoint.
+
+    Raises:
+        ValueError: a damaged checkpoint, or files that are not a run's, without --overwrite; see `check_outputs`.
+    """
+    folder = Path(args.output_dir)
+    path = folder / CHECKPOINT
+    check_outputs(args, [path], is_ours=lambda path: True)
+    if path.exists() and not args.overwrite:
+        _read_checkpoint(path, mmap=True)
+    elif not path.exists():
+        check_outputs(args, [file for name in _RUN_FILES for file in folder.glob(name)], is_ours=lambda path: False)
+
+
+def discard_other_run(folder: Path, settings: dict) -> None:
+    """Delete a checkpoint that is damaged or of other settings, which the run could not resume from."""
+    processes = PartialState()
+    if processes.is_main_process:
+        try:
+            load_checkpoint(folder, settings)
+        except ValueError:
+            (folder / CHECKPOINT).unlink()
+    processes.wait_for_everyone()
+
+
+def _read_checkpoint(path: Path, mmap: bool = False) -> dict:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # of pickle, zipfile or PyTorch, whatever the file is
+        raise ValueError(
+            f"{path} is damaged, or is not a checkpoint. Delete it and run the command again, or choose another "
+            "--output_dir."
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"settings", "losses"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of dino-eval. Choose another --output_dir, or give --overwrite.")
+    return checkpoint
+
+
 def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     """What `save_checkpoint` has written last, on the host; None if nothing was.
 
     Raises:
-        ValueError: a run with other settings.
+        ValueError: a damaged checkpoint, or a run with other settings.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = _read_checkpoint(path)
     saved = checkpoint["settings"]
     for name in settings | saved:
         if saved.get(name) != settings.get(name):
             raise ValueError(
                 f"{folder} holds a run with another {name} ({saved.get(name)}, not {settings.get(name)}); choose "
-                "another --output_dir"
+                "another --output_dir, or give --overwrite"
             )
     return checkpoint
 
@@ -259,10 +301,8 @@ def save_checkpoint(folder: Path, settings: dict, losses: list, **state) -> None
     """Writes the main process's `state` in place of what was written before, and `log.jsonl`, a line an epoch."""
     processes = PartialState()
     if processes.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{CHECKPOINT}.incomplete"
-        torch.save({"settings": settings, "losses": losses, **state}, unfinished)
-        unfinished.replace(folder / CHECKPOINT)
+        with replacing(folder / CHECKPOINT) as temporary:
+            torch.save({"settings": settings, "losses": losses, **state}, temporary)
         lines = [json.dumps({"epoch": epoch, "loss": loss}) for epoch, loss in enumerate(losses, start=1)]
-        (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+        write_text(folder / "log.jsonl", "\n".join(lines))
     processes.wait_for_everyone()

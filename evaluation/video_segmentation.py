@@ -30,6 +30,7 @@ from modeling_dino.command_line import Parser, nearest
 from .arguments import add_model, add_output
 from .images import IMAGE_SUFFIXES, BrokenImageError, EncodedImage, decode_image, image_content
 from .models import describe_model, load_model, mean_and_std, num_channels, patch_size, tokens
+from .outputs import check_outputs, mark, write_picture
 from .processes import of_all_processes
 from .report import Report, make_report
 
@@ -322,10 +323,9 @@ def read_annotation(path: Path) -> np.ndarray:
 
 def write_indices(indices: np.ndarray, path: Path) -> None:
     """Writes object indices (height, width) as DAVIS does, in the colours of PASCAL VOC."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = PillowImage.fromarray(indices)
     image.putpalette(voc_palette())
-    image.save(path)
+    write_picture(image, path, mark("video_segmentation"))
 
 
 def voc_palette() -> bytes:
@@ -449,6 +449,10 @@ def measure(args: Namespace) -> Report | None:
             f"{args.dataset_name} has annotations of first frames alone, so that nothing can be measured; name a "
             "folder for the masks by --output_dir"
         )
+    masks_folder = Path(args.output_dir or "")
+    files = [masks_folder / video.name / f"{frame.stem}.png" for video in videos for frame in video.frames]
+    if args.output_dir:
+        check_outputs(args, files)
     model, image_processor = load_model(args.model)
     mean, std = video_mean_and_std(image_processor, num_channels(model.config))
     state = PartialState()
@@ -469,7 +473,7 @@ def measure(args: Namespace) -> Report | None:
                 bar.update()
             if args.output_dir:
                 for frame, mask in zip(video.frames, masks):
-                    write_indices(mask, Path(args.output_dir) / video.name / f"{frame.stem}.png")
+                    write_indices(mask, masks_folder / video.name / f"{frame.stem}.png")
             if video.is_annotated:
                 found[video.name] = object_scores(masks, [read_annotation(path) for path in video.annotations])
         bar.close()

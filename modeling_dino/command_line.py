@@ -1,10 +1,15 @@
 """How our commands answer a user's mistake: one line on stderr and exit code 2; a traceback with --debug."""
 
 import argparse
+import contextlib
 import difflib
+import multiprocessing
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -48,17 +53,86 @@ def find_config(name: str, folder: Path, suffix: str) -> Path:
 
 
 def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a command's `main`. Users' errors end in exit code 2 and one line; --debug shows where they came from."""
+    """Run a command's `main`; an error becomes one line on stderr and an exit code, or a traceback with --debug.
+
+    Raises:
+        SystemExit: with code 2 after a mistake of the user's; 1 after an error that nobody has foreseen, whose type
+            the line names; 130 after Ctrl-C, or the `exit_code` of the KeyboardInterrupt.
+    """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
         main([arg for arg in argv if arg != "--debug"])
+    except KeyboardInterrupt as end:
+        if not hasattr(end, "exit_code"):  # a run that ends in order has said so
+            _write_line(f"{prog}: stopped by SIGINT")
+        sys.exit(getattr(end, "exit_code", 130))
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # ImportError: an extra that is missing
         if debug:
             raise
-        # in one piece, where `print` writes two and another process may come between
-        sys.stderr.write(f"{prog}: error: {one_line(error)}\n")
+        _write_line(f"{prog}: error: {one_line(error)}")
         sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        what = one_line(error)
+        _write_line(f"{prog}: error: {name}" + f": {what}" * (what != name) + " (--debug shows where)")
+        sys.exit(1)
+
+
+def run_process(prog: str, main: Callable[[list[str]], None]) -> None:
+    """`run` as all that this process does. Its end waits for no worker, thread or library, and so cannot hang."""
+    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    code = 0
+    try:
+        run(prog, main)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # with --debug
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(code)
+
+
+class _Unbreakable:
+    """A text stream that nobody may read any more: from then on, what is written to it goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._broken_is_closed():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._broken_is_closed():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _broken_is_closed(self):
+        try:
+            yield
+        except OSError:  # a pipe whose reader has gone, a terminal that was closed, a disk that is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _write_line(text: str) -> None:
+    """In one piece, where `print` writes two and another process may come between."""
+    sys.stderr.write(f"{text}\n")
+
+
+def printable(text: str) -> str:
+    """The text with all that a terminal would obey, or cannot show, written as escapes; `\\n` for a line break."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def one_line(error: Exception) -> str:
@@ -68,4 +142,4 @@ def one_line(error: Exception) -> str:
     message = str(error)
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(message.split()) or type(error).__name__
+    return printable(" ".join(message.split())) or type(error).__name__

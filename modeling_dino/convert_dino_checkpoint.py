@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, ViTConfig
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint_names import State, join, original_names, split, stock_vit_names
-from .command_line import Parser, run
+from .command_line import Parser, run_process
 from .configuration_dino import DINOConfig
 from .export_onnx import save_as_onnx
 from .image_processing_dino import make_image_processor
@@ -530,7 +530,7 @@ def convert_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run("dino-convert", convert_from_command_line)
+    run_process("dino-convert", convert_from_command_line)
 
 
 if __name__ == "__main__":

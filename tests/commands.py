@@ -61,22 +61,27 @@ class _Forked:
             self.server.communicate()
             self.server = None
 
-    def run(self, module: str, argv: list[str], processes: int, environment: dict) -> subprocess.CompletedProcess:
+    def start(self, module: str, argv: list[str], streams: tuple[Path, Path], environments: list[dict],
+              is_background: bool) -> int:  # fmt: skip
+        """The answer: an exit code, or the process's number."""
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, "-m", "tests.forked"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 start_new_session=True,
             )  # fmt: skip
+        for stream in streams:
+            stream.touch()
+        return self.answer({
+            "module": module, "argv": argv, "folder": os.getcwd(), "streams": list(map(str, streams)),
+            "environments": environments, "is_background": is_background,
+        })  # fmt: skip
+
+    def run(self, module: str, argv: list[str], processes: int, environment: dict) -> subprocess.CompletedProcess:
         with tempfile.TemporaryDirectory() as folder:
             streams = Path(folder) / "stdout", Path(folder) / "stderr"
-            for stream in streams:
-                stream.touch()
-            request = {
-                "module": module, "argv": argv, "folder": os.getcwd(), "streams": list(map(str, streams)),
-                "environments": [environment | variables for variables in ranks(processes)],
-            }  # fmt: skip
+            environments = [environment | variables for variables in ranks(processes)]
             try:
-                code = self.answer(request)
+                code = self.start(module, argv, streams, environments, is_background=False)
             except BaseException:  # the next command shall not be given this one's answer
                 self.stop()
                 print(*(stream.read_text() for stream in streams))
@@ -84,15 +89,15 @@ class _Forked:
             return subprocess.CompletedProcess([module, *argv], code, *(stream.read_text() for stream in streams))
 
     def answer(self, request: dict) -> int:
-        """The exit code of the process that has failed first, or 0."""
+        """For a command, the exit code of the process that has failed first, or 0."""
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         if not select.select([self.server.stdout], [], [], PATIENCE)[0]:
-            raise subprocess.TimeoutExpired([request["module"], *request["argv"]], PATIENCE)
+            raise subprocess.TimeoutExpired(str(request), PATIENCE)
         line = self.server.stdout.readline()
         if not line:
             raise RuntimeError("tests.forked has ended")
-        return int(line)
+        return json.loads(line.replace("None", "null"))
 
 
 def ranks(processes: int) -> list[dict[str, str]]:
@@ -110,3 +115,34 @@ def ranks(processes: int) -> list[dict[str, str]]:
 
 
 forked = _Forked()
+
+
+class Background:
+    """A command that goes on in the background, as a fork in a session of its own.
+
+    Args:
+        folder: Where its streams are written.
+    """
+
+    def __init__(self, *argv, folder: Path, module="training"):
+        self.streams = folder / "stdout", folder / "stderr"
+        self.pid = forked.start(str(module), list(map(str, argv)), self.streams, [{}], is_background=True)
+        self.code = None
+
+    def poll(self, seconds: float = 0.02) -> int | None:
+        """The exit code, if it has ended within so many seconds."""
+        if self.code is None:
+            self.code = forked.answer({"wait": self.pid, "seconds": seconds})
+        return self.code
+
+    def send(self, number: int, whom: str = "process") -> None:
+        """A signal to the process, or to the group, workers too, as a terminal or Slurm does."""
+        (os.kill if whom == "process" else os.killpg)(self.pid, number)
+
+    @property
+    def stdout(self) -> str:
+        return self.streams[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.streams[1].read_text()

@@ -24,12 +24,26 @@ def take_requests() -> tuple[dict, dict] | None:
     """In a fork, what it is asked to do, and its variables; at the end of stdin, None."""
     for line in sys.stdin:
         request, processes = json.loads(line), []
+        if "wait" in request:
+            print(code_within(request["wait"], request["seconds"]), flush=True)
+            continue
         for environment in request["environments"]:
             process = os.fork()
             if process == 0:
                 return request, environment
             processes.append(process)
-        print(code_of(processes), flush=True)
+        print(processes[0] if request["is_background"] else code_of(processes), flush=True)
+    return None
+
+
+def code_within(process: int, seconds: float) -> int | None:
+    """The exit code of a process, or `null` if it has none after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
     return None
 
 
@@ -47,6 +61,8 @@ def code_of(processes: list[int]) -> int:
 
 
 def become(request: dict, environment: dict) -> None:
+    if request["is_background"]:
+        os.setsid()  # so that signals can be sent to it with its workers
     os.environ.update(environment)
     os.chdir(request["folder"])
     for descriptor, path in enumerate((os.devnull, *request["streams"])):

@@ -43,7 +43,7 @@ def kept(ours, parquet_folder, tmp_path_factory):  # noqa: F811
 
 def drawn(figure, path) -> np.ndarray:
     """The PNG of a figure."""
-    write_files(Namespace(output=str(path), save_arrays=False), figure, {})
+    write_files(Namespace(protocol="pca", output=str(path), save_arrays=False), figure, {})
     return np.asarray(PillowImage.open(path).convert("RGB"), dtype=int)
 
 

@@ -95,10 +95,10 @@ def test_gradient_checkpointing_changes_no_bit(recipe, parquet_folder, tmp_path)
 
 
 TF32 = """
-import torch
-from training.__main__ import main
+import sys, torch
+from training.__main__ import train_from_command_line
 try:
-    main()
+    train_from_command_line(sys.argv[1:])
 finally:
     print("now", torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
 """
@@ -190,7 +190,7 @@ def test_compiled_run_ends_as_one_that_is_not(recipe, parquet_folder, tmp_path, 
 COUNTED = """
 import sys, torch
 from torch._dynamo.utils import counters
-from training.__main__ import main, train
+from training.__main__ import train, train_from_command_line
 module = sys.modules[train.__module__]
 step, compiled = module.train_step, []
 
@@ -200,7 +200,7 @@ def train_step(*args):
 
 module.train_step = train_step
 try:
-    main()
+    train_from_command_line(sys.argv[1:])
 finally:
     print("compiled", *compiled)
 """

@@ -286,7 +286,7 @@ def test_commands_report_what_the_functions_find(model, small_folder, tmp_path):
 
     few = ("few_shot", "--shots", 5, 2, "--percent", 10, "--num_draws", 3, "--eval_split", "validation")
     with pytest.warns(UserWarning, match="no 5 shots: class eel has only 4 training images"):
-        report = report_of(*few, "--features", kept, "--output", output)
+        report = report_of(*few, "--features", kept, "--overwrite", "--output", output)
     expected = {}
     for name, setting in {"2_shot": {"shots": 2}, "10_percent": {"percent": 10}}.items():
         for classifier, hits in few_shot.few_shot_hits(*splits, **setting, num_draws=3).items():
@@ -295,7 +295,8 @@ def test_commands_report_what_the_functions_find(model, small_folder, tmp_path):
     assert report["values"] == pytest.approx(expected)
     assert set(report["intervals"]) == {name for name in expected if not name.endswith("_std")}
 
-    report = report_of("clustering", "--eval_split", "validation", "--features", kept, "--output", output)
+    argv = ("clustering", "--eval_split", "validation", "--features", kept, "--overwrite")
+    report = report_of(*argv, "--output", output)
     scores = clustering.clustering_scores(test.labels, clustering.k_means(test.features, 3))
     assert report["values"] == pytest.approx({f"kmeans_{name}": 100 * value for name, value in scores.items()})
     for name, (low, high) in report["intervals"].items():

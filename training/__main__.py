@@ -1,15 +1,12 @@
 """`accelerate launch -m training --config configs/X.yaml ...`, or `dino-train ...`."""
 
-import os
-import sys
-
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-from modeling_dino.command_line import run
+from evaluation.interruption import EXIT_CODE, interruption
+from modeling_dino.command_line import run_process
 
 from .arguments import parse_arguments
-from .data import left_behind
 from .train import train
 
 
@@ -21,16 +18,8 @@ def train_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
-    code = 0
-    try:
-        run("dino-train", train_from_command_line)
-    except SystemExit as end:
-        code = end.code
-    if left_behind:  # Python would end under their feet, or wait for them; all that matters is written
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    interruption.listen("dino-train", EXIT_CODE, " before the first step")
+    run_process("dino-train", train_from_command_line)
 
 
 if __name__ == "__main__":

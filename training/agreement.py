@@ -1,6 +1,6 @@
 """What processes must decide together, told by way of their processors, so that no device has to be waited for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -9,29 +9,46 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 
+def is_lost_process(error: Exception) -> bool:
+    """Return whether this is the error that one process gets when another has died."""
+    # gloo has none of its own
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @contextmanager
-def lost_process_explained(last_checkpoint: Callable[[], str]) -> Iterator[None]:
-    """Within, the error that one process gets when another has died is a `ValueError` for the user."""
+def lost_process_explained(what_is_safe: str) -> Iterator[None]:
+    """Context manager within which the error that one process gets when another has died is a ValueError."""
     try:
         yield
-    except RuntimeError as error:  # gloo has none of its own
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+    except RuntimeError as error:
+        if not is_lost_process(error):
             raise
-        raise ValueError(f"another process of the run has ended; {last_checkpoint()}") from error
+        raise ValueError(f"another process of the run has ended; {what_is_safe}") from error
 
 
 class Agreement:
     """Between the processes of a run. To be made by all of them, at the same point.
 
     Args:
-        patience: Seconds that one may wait for another, beyond PyTorch's half hour.
+        patience: Seconds that one may wait for another, beyond PyTorch's half hour; None for a process that asks
+            nobody, as others may have ended.
     """
 
-    def __init__(self, patience: float):
-        self.group = None
-        if PartialState().num_processes > 1:
+    def __init__(self, patience: float | None):
+        self.group, self.is_alone = None, patience is None
+        if not self.is_alone and PartialState().num_processes > 1:
             timeout = timedelta(seconds=patience) + dist.default_pg_timeout
             self.group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def of_all(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The tensors of every process, in their order: 1-dimensional, on the CPU, and of one size in all of them."""
+        if self.group is None:
+            return [tensors]
+        packed = torch.cat(list(tensors.values()))
+        gathered = [torch.empty_like(packed) for _ in range(self.group.size())]
+        dist.all_gather(gathered, packed, group=self.group)
+        sizes = [len(tensor) for tensor in tensors.values()]
+        return [dict(zip(tensors, each.split(sizes))) for each in gathered]
 
     def first_of_any(self, reason: str | None) -> str | None:
         """The first process's reason, of those that have one; the same on all."""

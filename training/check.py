@@ -2,11 +2,12 @@
 
 from collections import Counter
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from evaluation.images import BrokenImageError, decode_image, load_images
-from modeling_dino.command_line import Parser, run
+from evaluation.interruption import interruption
+from evaluation.workers import Loader
+from modeling_dino.command_line import Parser, run_process
 
 
 class _Decoded:
@@ -37,7 +38,7 @@ def check(
     """Reads all images of a split: sizes (height, width) of the whole ones; kind and reason of the broken ones."""
     dataset = load_images(dataset_name, config_name, split, image_column, None, streaming, with_labels=False)
     num_images = None if streaming else len(dataset)
-    loader = DataLoader(dataset, batch_size=16, num_workers=num_workers, collate_fn=_Decoded(num_channels))
+    loader = Loader(dataset, batch_size=16, num_workers=num_workers, collate_fn=_Decoded(num_channels))
     sizes, faults = [], []
     with tqdm(total=num_images, unit="images", desc="checking", leave=False) as bar:
         for batch in loader:
@@ -72,7 +73,8 @@ def check_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run("dino-check", check_from_command_line)
+    interruption.listen("dino-check")
+    run_process("dino-check", check_from_command_line)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ the libraries, and the size and hash of every file, by which a damaged checkpoin
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +29,9 @@ from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
+from .failure import RunError
 from .sharding import cut_up_like_, gathered, whole_network
-from .state import TrainingState
+from .state import TrainingState, random_state
 
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "torchvision")  # whose versions are noted
@@ -57,19 +60,22 @@ def save_checkpoint(
     args: TrainingArguments,
     global_batch_size: int,
 ) -> None:
-    """Writes under a temporary name, renames when all processes are done, then drops the oldest above the limit.
+    """Write under a temporary name, rename when all processes are done, then remove the oldest above the limit.
+
+    With `Agreement(None)`, for after an error, the main process writes everything, as others may be gone: their random
+    states are known to it, and only their sums of the metrics are lost.
 
     Raises:
-        ValueError: on all processes, if one cannot write; what has been written before stays.
+        RunError: on all processes, if one cannot write; what has been written before stays.
     """
-    is_main = accelerator.is_main_process
+    is_main, is_alone = accelerator.is_main_process, agreement.is_alone
     student, teacher = (whole_network(network, is_main, "cpu") for network in (state.student, state.teacher))
     optimizer_state = gathered(state.optimizer.state_dict(), is_main)
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
+    shared_size = sum(map(_size, (student.state_dict(), teacher.state_dict(), optimizer_state)))
 
     def write_shared() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
         student.save_pretrained(unfinished / "student")
         teacher.save_pretrained(unfinished / "teacher")
         image_processor.save_pretrained(unfinished / "teacher")
@@ -84,31 +90,74 @@ def save_checkpoint(
         torch.save(shared, unfinished / "state.pt")
 
     def write_own() -> None:
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        own = {"random": random, "signals": state.signals.state_dict()}
+        own = {"random": random_state(), "signals": state.signals.state_dict()}
+        if is_alone:
+            for process, random in enumerate(state.random_of_all):
+                torch.save({"random": random, "signals": None}, unfinished / f"rank_{process}.pt")
+            own["random"] = state.random_of_all[accelerator.process_index]
         torch.save(own, unfinished / f"rank_{accelerator.process_index}.pt")
 
     def finish() -> None:
         write_manifest(unfinished, step, args, global_batch_size)
         unfinished.rename(folder)
 
-    for write, is_mine in ((write_shared, accelerator.is_main_process), (write_own, True),
-                           (finish, accelerator.is_main_process)):  # fmt: skip
+    for write, is_mine in ((write_shared, is_main), (write_own, True), (finish, is_main)):
         reason = None
         if is_mine:
             try:
                 write()
             except Exception as error:  # each library has its own for a disk that is full
-                reason = one_line(error)
+                reason = _explain_full_disk(unfinished, shared_size) or one_line(error)
         if reason := agreement.first_of_any(reason):
-            if accelerator.is_main_process:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise ValueError(f"the checkpoint of step {step} cannot be written to {folder.parent}: {reason}")
-    if accelerator.is_main_process:
+            if is_main:
+                remove_checkpoint(unfinished)
+            raise RunError(
+                f"the checkpoint of step {step} cannot be written to {folder.parent}: {reason}. "
+                f"{last_checkpoint(output_dir)}"
+            )
+    if is_main:
         for old in list_checkpoints(output_dir)[: -args.save_total_limit]:
-            shutil.rmtree(old)
+            remove_checkpoint(old)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete the files of a checkpoint, whole or not, and its folders.
+
+    Files that no run wrote stay, in a folder of the same name and `.left`, which is no checkpoint any more.
+    """
+    try:
+        names = [*json.loads((folder / "manifest.json").read_text())["files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # it was not finished
+        names = [path.name for path in folder.glob("rank_*.pt")] + ["state.pt"]
+        names += [f"{part}/{path.name}" for part in ("student", "teacher") for path in folder.glob(f"{part}/*")]
+    for name in [*names, "manifest.json"]:
+        path = folder / name
+        is_inside = folder.resolve() in path.parent.resolve().parents or folder.resolve() == path.parent.resolve()
+        if is_inside:  # else a folder has become a link
+            path.unlink(missing_ok=True)
+    for part in (folder / "student", folder / "teacher", folder):
+        with suppress(OSError):  # not empty
+            part.rmdir()
+    if folder.exists():
+        free = (folder.with_name(f"{folder.name}.left{number or ''}") for number in itertools.count())
+        folder.rename(next(path for path in free if not path.exists()))
+
+
+def _size(content) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    content = content.values() if isinstance(content, dict) else content
+    return sum(map(_size, content)) if isinstance(content, (list, tuple, type({}.values()))) else 0
+
+
+def _explain_full_disk(folder: Path, needed: int) -> str | None:
+    """How much space is missing for `needed` bytes in a folder that could not be written; None if there was enough."""
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free + written
+    if free > needed:
+        return None
+    return f"no space left on the device: it needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
 
 
 def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batch_size: int) -> None:
@@ -159,7 +208,8 @@ def set_later_checkpoints_aside(output_dir: Path, step: int) -> None:
     for folder in list_checkpoints(output_dir):
         if int(folder.name.removeprefix("step_")) > step:
             aside = folder.with_name(folder.name + ".aside")
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                remove_checkpoint(aside)
             folder.rename(aside)
 
 
@@ -366,5 +416,9 @@ def load_progress(accelerator: Accelerator, folder: Path, state: TrainingState) 
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])
-    state.signals.load_state_dict(rank["signals"])
+    if rank["signals"] is None:
+        warnings.warn(f"{folder} was saved after an error: the next line of metrics lacks what process "
+                      f"{accelerator.process_index} had measured since the last one")  # fmt: skip
+    else:
+        state.signals.load_state_dict(rank["signals"])
     return shared["step"], shared["data"]

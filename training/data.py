@@ -9,13 +9,12 @@ that are shuffled among each other; shards, of local parquet its row groups, cha
 """
 
 import atexit
-import gc
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -28,16 +27,15 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import Table
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from evaluation.images import BrokenImageError, EncodedImage, is_path, load_images
+from evaluation.workers import Loader
 from modeling_dino.command_line import one_line
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate, finish_crops
-from .interruption import leave_signals_to_parent
 
 
 SHUFFLE_WINDOW = 1024  # images of a stream that are shuffled among each other
@@ -45,7 +43,6 @@ READ_AHEAD = 4  # batches of a stream that are read before they are needed
 NETWORK_ERRORS = (OSError, *CONNECTION_ERRORS_TO_RETRY)
 
 logger = logging.getLogger(__name__)
-left_behind: list[Thread] = []  # that wait, as for a network, and that nobody waits for
 
 
 class Images(NamedTuple):
@@ -109,12 +106,6 @@ class StreamTimeoutError(Exception):
     """An image was waited for in vain."""
 
 
-def prepare_worker(_: int) -> None:
-    leave_signals_to_parent()
-    # the memory of all that has been imported stays shared with the parent; a garbage collection would copy it
-    gc.freeze()
-
-
 def read_ahead(
     items: Iterator, depth: int, timeout: float, stopped: Event, is_interrupted: Callable[[], bool]
 ) -> Iterator:
@@ -134,7 +125,7 @@ def read_ahead(
             except Exception as error:  # is raised where the item is asked for
                 found.put((None, error))
 
-    # its end is waited for a while, as a process that ends within Arrow's reader is aborted: see `left_behind`
+    # its end is waited for a while, as a Python that ends within Arrow's reader is aborted
     reader = Thread(target=read, daemon=True)
     reader.start()
 
@@ -142,8 +133,6 @@ def read_ahead(
         stopped.set()
         wanted.put(False)
         reader.join(patience)
-        if reader.is_alive():
-            left_behind.append(reader)
 
     def next_found():
         end = time.monotonic() + timeout
@@ -310,27 +299,24 @@ class CropLoader:
         crops = CropDataset(
             self.dataset if self.is_map_style else None, MultiCrop(self.args, self.args.seed), self.num_channels
         )
-        loader = DataLoader(
+        loader = Loader(
             crops,
             batch_sampler=next_images(),
             collate_fn=partial(collate_what_decodes, args=self.args),
             num_workers=self.args.num_workers,
-            worker_init_fn=prepare_worker,
             pin_memory=torch.cuda.is_available(),
             # of its own, so that making a loader draws nothing from the generator that drops paths
             generator=torch.Generator(),
         )
-        try:
-            loader = iter(loader)
+        with closing(images), closing(iter(loader)) as crops_of_batches:
             for _ in range(num_batches):
                 asked = time.perf_counter()
-                batch = self._next_on_all(loader, agreement)
+                batch = self._next_on_all(crops_of_batches, agreement)
                 self.waited += time.perf_counter() - asked
                 taken = underway.popleft()
                 self.state = taken.state or self.state
                 yield batch._replace(images=taken)
-        finally:
-            images.close()
+            next(crops_of_batches, None)  # there is none: the workers end
 
     def _next_on_all(self, batches: Iterator[CropBatch], agreement: Agreement) -> CropBatch:
         """The next batch. If a process cannot get one, that is an error on all, so that none waits for another."""

@@ -12,12 +12,13 @@ from accelerate.utils import gather_object
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, finish_crops
 from .checkpoint import last_checkpoint
+from .failure import RunError
 
 
 MAX_OVERFLOWS = 25  # of fp16, one after another; the scale has then fallen from 65536 to 0.002
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(RunError):
     """A loss or a gradient that is no number, at the `step` of `batches`; this process's loss, if `is_here`."""
 
     def __init__(self, step: int, batches: list[CropBatch], name: str, is_here: bool):

@@ -1,17 +1,19 @@
 """`train.log`: all that happened in a run, and when. The console shows a line where the file has the whole story."""
 
+import faulthandler
 import logging
 import math
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
 
-from modeling_dino.command_line import one_line
+from evaluation.interruption import Stopping
+from modeling_dino.command_line import one_line, printable
 
 
 TALKING_LIBRARIES = (
@@ -27,7 +29,28 @@ class _Console(logging.Handler):
     """Warnings on stderr, above a bar that may be there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):  # nobody reads it any more
+            tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """`train.log`. A disk that is full ends no training: one line on the console says so, the first time."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            reason = one_line(sys.exc_info()[1])
+            with suppress(OSError):
+                tqdm.write(f"{self.baseFilename} cannot be written ({reason}), and training goes on", file=sys.stderr)
+
+
+class _Formatter(logging.Formatter):
+    """Names of files, as they are in messages, may hold what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class RunLog(MemoryHandler):
@@ -44,8 +67,9 @@ class RunLog(MemoryHandler):
         super().__init__(capacity=math.inf, flushLevel=math.inf, flushOnClose=False)
         self.is_main = process_index == 0
         which = f" [process {process_index}]" if num_processes > 1 else ""
-        self.file_format = logging.Formatter(f"%(asctime)s{which} %(levelname)s %(name)s: %(message)s")
+        self.file_format = _Formatter(f"%(asctime)s{which} %(levelname)s %(name)s: %(message)s")
         self.failed = set()
+        self.is_crash_logged = False
 
     @contextmanager
     def listening(self) -> Iterator["RunLog"]:
@@ -64,7 +88,7 @@ class RunLog(MemoryHandler):
         try:
             yield self
         except BaseException as end:  # a SystemExit, too
-            logger.info("ended by %s: %s", type(end).__name__, end, exc_info=not isinstance(end, SystemExit))
+            logger.info("ended by %s: %s", type(end).__name__, end, exc_info=isinstance(end, Exception))
             raise
         finally:
             logging.captureWarnings(False)
@@ -73,22 +97,30 @@ class RunLog(MemoryHandler):
                 root.removeHandler(handler)
             for library, its_handlers, propagate in before:
                 library.handlers, library.propagate = its_handlers, propagate
+            if self.is_crash_logged:
+                faulthandler.disable()
             if self.target:
-                self.target.close()
+                with suppress(OSError):  # a disk that is full
+                    self.target.close()
 
     def open(self, output_dir: Path) -> None:
         """Writes what there has been so far to the end of `train.log`, and from now on everything at once."""
-        file = logging.FileHandler(output_dir / "train.log")
+        file = _File(output_dir / "train.log")
         file.setFormatter(self.file_format)
         self.setTarget(file)
         self.flush()
         self.capacity = 1
+        if self.is_main and not faulthandler.is_enabled():  # a crash, as of a data file that is cut while it is read
+            faulthandler.enable(file.stream)
+            self.is_crash_logged = True
 
     @contextmanager
     def tolerated(self, what: str) -> Iterator[None]:
         """What fails within does not stop the training: one line says so, the first time; the file has tracebacks."""
         try:
             yield
+        except Stopping:  # the loop stops next
+            logger.info("%s is left out, as the run is asked to stop", what)
         except Exception as error:  # of whatever library
             logger.info("%s failed", what, exc_info=True)
             if what not in self.failed:

@@ -88,8 +88,7 @@ class Monitor:
         """Lists images that were broken in `skipped.jsonl`, on whatever process."""
         if images:
             self.skipped.update(image["kind"] for image in images)
-            with self.skipped_file.open("a") as file:
-                file.write("".join(json.dumps({"step": step} | image) + "\n" for image in images))
+            append(self.skipped_file, [{"step": step} | image for image in images])
 
     def first_skipped(self) -> str:
         """What was wrong with the first five images that are listed."""
@@ -174,8 +173,7 @@ class Monitor:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.enabled:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+            append(self.metrics_file, [{"step": step} | values])
             kinds = {f"skipped/{kind}": number for kind, number in values.get("skipped", {}).items()}
             self.track({name: value for name, value in values.items() if name != "skipped"} | kinds, step)
 
@@ -191,6 +189,19 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def append(path: Path, lines: list[dict]) -> None:
+    """Append lines of JSON to a file.
+
+    Raises:
+        OSError: names the file, which Python's own does not where the disk is full.
+    """
+    try:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def peak_memory_mib() -> float:

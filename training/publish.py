@@ -12,26 +12,26 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 
 from evaluation.images import is_path
+from evaluation.interruption import interruption
 from modeling_dino import DINOModel
-from modeling_dino.command_line import Parser, run
+from modeling_dino.command_line import Parser, run_process
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .arguments import TrainingArguments
 from .monitor import read_metrics
+from .output_folder import OutputFolder
 
 
 # what of a run's folder is published: no checkpoints, no picture of the images, and nothing that others have put there
 _PUBLISHED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
               "*_dino.py", "metrics.jsonl", "figures/curves.png", "README.md")  # fmt: skip
-_PICTURES = ("figures/crops.png", "figures/attention.png")  # of images that are their owner's
 _ADDRESS = "path/to/this/folder"  # in the card, until it is uploaded: a real path would tell of its owner
 
 
-def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImageProcessor, output_dir: Path) -> str:
-    """Saves backbone and image processor into `output_dir`; returns the five lines that load them."""
-    backbone.save_pretrained(output_dir)
-    image_processor.save_pretrained(output_dir)
-    return usage(backbone, str(output_dir))
+def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImageProcessor, folder: Path) -> None:
+    """Save backbone and image processor into a folder."""
+    backbone.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
 
 
 def usage(backbone: DINOModel, name: str, trust_remote_code: bool = False) -> str:
@@ -52,17 +52,12 @@ inputs = processor({image}, return_tensors="pt"{options})
 features = model(**inputs).pooler_output  # (1, {backbone.num_features})'''
 
 
-def unpublish(output_dir: Path) -> None:
-    """Removes what `publish`, `write_card` and the figures have left, before another run in the same folder."""
-    for path in _files(output_dir, _PUBLISHED + _PICTURES):
-        path.unlink()
-
-
 def _files(output_dir: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted(path for pattern in patterns for path in output_dir.glob(pattern) if path.is_file())
 
 
 def write_card(
+    path: Path,
     backbone: DINOModel,
     args: TrainingArguments,
     num_images: int | None,
@@ -71,7 +66,7 @@ def write_card(
     is_resumed: bool,
     hub_datasets: list[str],
 ) -> None:
-    """Writes the model card, `README.md`, of what the run knows about itself. No path gets into it."""
+    """Write the model card to `path`, of what the run knows about itself. No path gets into it."""
     metrics = read_metrics(Path(args.output_dir))
     losses = [line["loss"] for line in metrics if "loss" in line]
     sources = [f"[{name}](https://huggingface.co/datasets/{name})" for name in hub_datasets]
@@ -124,7 +119,7 @@ training with dino-hf.
 
 {_describe_knn(metrics, num_steps, args)}{curves}
 """
-    ModelCard(content).save(Path(args.output_dir) / "README.md")
+    ModelCard(content).save(path)
 
 
 def _describe(backbone: DINOModel) -> str:
@@ -178,14 +173,16 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
     Raises:
         ValueError: if the Hub cannot be reached or refuses; says how to try again. The folder stays as it is.
     """
+    folder = OutputFolder(output_dir)
     files = [str(path.relative_to(output_dir)) for path in _files(output_dir, _PUBLISHED)]
+    if folder.published:  # else the run is of an earlier version
+        files = [name for name in files if name in folder.published or name in folder.claimed]
     if not {"config.json", "README.md"} <= set(files):
         raise ValueError(f"there is no finished run in {output_dir}: it has no config.json and README.md")
     try:
         api = HfApi()
         repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
-        card = output_dir / "README.md"
-        card.write_text(card.read_text().replace(_ADDRESS, repo_id))
+        folder.rewrite("README.md", (output_dir / "README.md").read_text().replace(_ADDRESS, repo_id))
         return api.upload_folder(
             repo_id=repo_id, folder_path=output_dir, allow_patterns=files, commit_message="Trained by dino-hf"
         ).repo_url.url
@@ -211,4 +208,5 @@ def publish_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run("dino-publish", publish_from_command_line)
+    interruption.listen("dino-publish")
+    run_process("dino-publish", publish_from_command_line)

@@ -31,6 +31,14 @@ class TrainingState:
     dino_loss: DINOLoss
     optimizer: torch.optim.Optimizer
     signals: Signals
+    random_of_all: list[dict] | None = None  # random states of all processes after the last whole step
+    is_whole: bool = True  # False while a step is applied to student, center and teacher one after the other
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Return the state of PyTorch's generators in this process, (bytes,) in uint8 each."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def prepare_state(

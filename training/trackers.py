@@ -15,7 +15,6 @@ from accelerate.utils import LoggerType
 
 from modeling_dino.command_line import nearest
 
-from .data import left_behind
 from .log import RunLog
 
 
@@ -60,6 +59,7 @@ class Tracker(GeneralTracker):
         self.name, self.output_dir, self.first_step, self.run_log = name, output_dir, first_step, run_log
         self.told: Queue[Callable[[GeneralTracker], None] | None] = Queue(MAX_TOLD)
         self.tracker = Thread(target=self._work, name=name, daemon=True)
+        self.is_left_behind = False
 
     def _make(self) -> GeneralTracker:
         make = LOGGER_TYPE_TO_CLASS[self.name]
@@ -105,9 +105,9 @@ class Tracker(GeneralTracker):
         with suppress(Full):
             self.told.put_nowait(None)
         self.tracker.join(PATIENCE)
-        if self.tracker.is_alive() and self.tracker not in left_behind:
+        if self.tracker.is_alive() and not self.is_left_behind:
             logger.warning("the tracker %s did not come to its end in %d s, and is left behind", self.name, PATIENCE)
-            left_behind.append(self.tracker)
+            self.is_left_behind = True
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 from evaluation.images import is_path
+from evaluation.interruption import Interrupted, interruption
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .agreement import Agreement, lost_process_explained
@@ -25,7 +25,6 @@ from .checkpoint import (
     check_same_settings,
     find_checkpoint,
     last_checkpoint,
-    list_checkpoints,
     load_initial_weights,
     load_networks,
     load_progress,
@@ -35,14 +34,14 @@ from .checkpoint import (
 )
 from .data import CropLoader, DataError
 from .dry_run import describe, without_downloads
+from .failure import RunError, rescued
 from .figures import Figures, choose_images
 from .gradient import backpropagate
 from .guard import Guard, explained
-from .interruption import EXIT_CODE, Interruption
 from .knn_evaluation import KNNEvaluation
 from .launcher import make_accelerator
 from .log import RunLog
-from .monitor import Monitor, draw_crops, read_metrics
+from .monitor import Monitor, draw_crops
 from .networks import load_config, make_student, make_teacher
 from .optim import (
     clip_gradients_,
@@ -50,11 +49,12 @@ from .optim import (
     gradient_norms,
     update_teacher_,
 )
-from .publish import check_hub_settings, publish, unpublish, upload, write_card
+from .output_folder import OutputFolder
+from .publish import check_hub_settings, publish, upload, usage, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import whole_network
 from .signals import student_teacher_distance
-from .state import TrainingState, prepare_state
+from .state import TrainingState, prepare_state, random_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
 
@@ -82,11 +82,12 @@ def train_step(
     step: int,
     now: Hyperparameters,
     guard: Guard,
+    agreement: Agreement | None = None,
 ) -> None:
     """One step, counted from 1, of one batch or of several whose gradients are accumulated.
 
-    A step that fp16's scaler leaves out, as gradients overflow, moves neither student, centre nor teacher; it counts,
-    so that schedules and data go on.
+    A step that fp16's scaler skips because gradients overflow moves neither student, center nor teacher; it counts,
+    so that schedules and data go on. An error before the optimizer's step leaves the state as the step before did.
 
     Raises:
         NonFiniteError: on all processes, if the loss or a gradient of the step before was no number.
@@ -96,8 +97,7 @@ def train_step(
         group["lr"] = now.learning_rate * group["lr_scale"]
         group["weight_decay"] = now.weight_decay if group["is_decayed"] else 0.0
 
-    signals.begin_step()
-    losses, logits_sum, num_rows = [], 0, 0
+    losses, measured, logits_sum, num_rows = [], [], 0, 0
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
         # [(2 * batch, channels, global, global), (local crops * batch, channels, local, local)]
@@ -106,7 +106,7 @@ def train_step(
             targets = dino_loss.teacher_probs(teacher_logits, now.teacher_temp)
         loss, total, statistics = backpropagate(accelerator, args, state, crops, targets, number == len(batches))
         losses.append(total)
-        signals.add(loss, *statistics, teacher_features)
+        measured.append((loss, *statistics, teacher_features))
         logits_sum, num_rows = logits_sum + teacher_logits.sum(0, keepdim=True), num_rows + len(teacher_logits)
 
     accelerator.unscale_gradients(optimizer)  # of fp16's scale
@@ -118,13 +118,20 @@ def train_step(
         drop_gradients(state.student.head.last_layer)
     if now.freeze_backbone:
         drop_gradients(state.student.dino)
+    # known to all, so that the step can be saved and resumed without a process that is lost from here on
+    random_of_all = agreement.of_all(random_state()) if agreement else [random_state()]
+
+    state.is_whole = False
     optimizer.step()
     optimizer.zero_grad()
-    if is_left_out:
-        return
-    signals.add_gradients(norms)
-    dino_loss.update_center(logits_sum, num_rows)
-    update_teacher_(state.teacher, state.student, now.teacher_momentum)
+    signals.begin_step()
+    for of_batch in measured:
+        signals.add(*of_batch)
+    if not is_left_out:
+        signals.add_gradients(norms)
+        dino_loss.update_center(logits_sum, num_rows)
+        update_teacher_(state.teacher, state.student, now.teacher_momentum)
+    state.is_whole, state.random_of_all = True, random_of_all
 
 
 def train(args: TrainingArguments) -> Path:
@@ -136,33 +143,28 @@ def train(args: TrainingArguments) -> Path:
         ValueError: settings or data that do not do, before anything is written; a loss that is no number any more,
             which leaves the last checkpoint from before; a failing verdict, with `stop_on_collapse`, which does too;
             or, when all is saved, an upload that failed.
-        SystemExit: with code 75, when SIGTERM, SIGINT or SIGUSR1 has asked for an end; a checkpoint is written before.
+        Interrupted: a KeyboardInterrupt, when SIGTERM, SIGINT, SIGHUP or SIGUSR1 has asked for an end; a checkpoint is
+            written before. The command then exits with code 75.
     """
     accelerator = make_accelerator(args.gradient_accumulation_steps)
     run_log = RunLog(accelerator.process_index, accelerator.num_processes)
-    with run_log.listening(), tracked(accelerator):
-        return _train(args, accelerator, run_log)
+    folder = OutputFolder(Path(args.output_dir))
+    with run_log.listening(), tracked(accelerator), lost_process_explained("the log says how far it got"):
+        with closing(folder):
+            return _train(args, accelerator, run_log, folder)
 
 
 def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: int) -> Path | None:
-    """The checkpoint to go on from, if there is one.
+    """Return the checkpoint to resume from, if there is one.
 
     Raises:
-        ValueError: one that does not do, or a folder of another run that would be lost.
+        ValueError: one that does not do.
     """
     checkpoint = None
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
     if checkpoint:
         check_same_settings(checkpoint, args, global_batch_size)
-    # a run that has no checkpoint yet is begun again by the command that began it
-    holds_run = list_checkpoints(output_dir) or (read_metrics(output_dir) and not args.resume_from_checkpoint)
-    goes_on = checkpoint and is_of_folder(checkpoint, output_dir)
-    if holds_run and not goes_on and not args.overwrite_output_dir:
-        raise ValueError(
-            f"{output_dir} holds another run: give another --output_dir, --resume_from_checkpoint latest to go on, or "
-            "--overwrite_output_dir to lose it"
-        )
     return checkpoint
 
 
@@ -177,24 +179,9 @@ def with_frozen_backbone(args: TrainingArguments, steps: int | None) -> Training
     return resolved
 
 
-def clear_folder(args: TrainingArguments, output_dir: Path, checkpoint: Path | None, first_step: int) -> None:
-    """Takes out of the folder what a run that goes on after `first_step` steps would take for its own."""
-    (output_dir / "non_finite.jsonl").unlink(missing_ok=True)
-    if checkpoint and is_of_folder(checkpoint, output_dir):
-        set_later_checkpoints_aside(output_dir, first_step)
-        return
-    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-    for name in ("skipped.jsonl", "metrics.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
-    unpublish(output_dir)
-    if not args.resume_from_checkpoint:
-        (output_dir / "train.log").unlink(missing_ok=True)
-
-
-def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -> Path:
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir must be a folder, and {output_dir} is none")
+def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, folder: OutputFolder) -> Path:
+    output_dir = folder.path
+    folder.check(args)
     trackers = find_trackers(args.report_to)
     if args.push_to_hub:
         check_hub_settings(args.hub_model_id)
@@ -210,6 +197,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
     checkpoint = choose_start(args, output_dir, global_batch_size)
+    is_resumed = checkpoint is not None and is_of_folder(checkpoint, output_dir)
+    folder.check_idle(args, is_resumed)
     set_seed(args.seed)
     student = make_student(config, args)
     teacher = make_teacher(student)
@@ -246,11 +235,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         first_step, data_state = load_progress(accelerator, checkpoint, state)
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
-    guard, agreement, interruption = (
-        Guard(accelerator, state.optimizer),
-        Agreement(args.stream_timeout),
-        Interruption(),
-    )
+    guard, agreement = Guard(accelerator, state.optimizer), Agreement(args.stream_timeout)
     batches = loader.batches(
         (num_steps - first_step) * num_accumulated, data_state, agreement, lambda: interruption.name is not None
     )
@@ -258,10 +243,17 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         # images that cannot be read are found before another run is deleted
         step_batches = [next(batches) for _ in range(num_accumulated)]
 
-    output_dir.mkdir(parents=True, exist_ok=True)
+    reason = None
     if accelerator.is_main_process:
-        clear_folder(args, output_dir, checkpoint, first_step)
-    accelerator.wait_for_everyone()
+        try:
+            folder.acquire()
+            folder.begin(is_resumed, keeps_log=bool(args.resume_from_checkpoint))
+            if is_resumed:
+                set_later_checkpoints_aside(output_dir, first_step)
+        except (ValueError, OSError) as error:
+            reason = str(error)
+    if reason := agreement.first_of_any(reason):
+        raise ValueError(reason)
     run_log.open(output_dir)
     describe_start(args, accelerator, first_step, num_steps)
     accelerator.log_with = [Tracker(name, output_dir, first_step, run_log) for name in trackers]
@@ -282,7 +274,9 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         elapsed = monitor.pause()
         accuracies = {}
         with run_log.tolerated(f"k-NN at step {step}") if step else nullcontext():  # at first, settings may be wrong
-            accuracies = evaluate(whole_network(teacher).dino)
+            backbone = whole_network(teacher).dino
+            with interruption.stopping(backbone):
+                accuracies = evaluate(backbone)
         if accuracies:
             monitor.write(step, accuracies)
             best = max(value for name, value in accuracies.items() if name.endswith("top1"))
@@ -298,33 +292,46 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
         monitor.resume(elapsed)
 
     def stop(signal_name: str, step: int) -> None:
-        monitor.say(
+        how = (
             f"Stopped by {signal_name} after step {step} of {num_steps}; the same command with "
             "--resume_from_checkpoint latest goes on"
         )
-        raise SystemExit(EXIT_CODE)
+        monitor.say(how)
+        raise Interrupted(how)
 
-    saved_step = first_step
+    saved_step, whole_step, data_state = first_step, first_step, loader.state_dict()
 
-    def save(step: int) -> None:
+    def save(step: int, among: Agreement = agreement) -> None:
         nonlocal saved_step
         if step == saved_step:
             return
         elapsed = monitor.pause()
         guard.settle()  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
-            accelerator, agreement, output_dir, step, state, loader.state_dict(), image_processor, args,
-            global_batch_size,
-        )  # fmt: skip
+            accelerator, among, output_dir, step, state, data_state, image_processor, args, global_batch_size
+        )
         saved_step = step
+        if accelerator.is_main_process:
+            folder.drop_replaced()
+        interruption.remark = f"; {last_checkpoint(output_dir)}"
         monitor.resume(elapsed)
+
+    def rescue() -> None:
+        """Save the last whole step, if it is sound; other processes may be gone."""
+        if state.is_whole and accelerator.is_main_process and not accelerator.is_fsdp2:
+            save(whole_step, Agreement(None))
 
     if evaluate and not first_step:
         run_evaluation(0)
     student.train()
     faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
-    loss_explained = lost_process_explained(lambda: last_checkpoint(output_dir))
-    with closing(monitor), interruption.noted(), faults_explained, loss_explained:
+
+    def kept() -> str:
+        return last_checkpoint(output_dir) if accelerator.is_main_process else "the main process says what is safe"
+
+    last_whole_step_saved = rescued(rescue, kept)
+    interruption.remark = f"; {last_checkpoint(output_dir)}"
+    with closing(monitor), closing(batches), interruption.deferred(), faults_explained, last_whole_step_saved:
         for step in range(first_step, num_steps):
             now = schedule(step)
             if step > first_step:
@@ -336,7 +343,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                     if asked := agreement.first_of_any(interruption.name):
                         stop(asked, step)
                     kept = output_dir / "checkpoints" / f"step_{step:07d}"
-                    raise ValueError(
+                    raise RunError(
                         f"{error}. What was learned until then is in {kept}; "
                         "--resume_from_checkpoint latest goes on from there when the data can be read"
                     ) from error
@@ -345,7 +352,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                 with run_log.tolerated("drawing crops.png"):
                     draw_crops(step_batches[0], args, output_dir)
             done = step + 1
-            train_step(accelerator, args, state, step_batches, done, now, guard)
+            train_step(accelerator, args, state, step_batches, done, now, guard, agreement)
+            whole_step, data_state = done, loader.state_dict()
             monitor.count(global_batch_size)
             is_last = done == num_steps
             log_now, save_now = (
@@ -374,13 +382,13 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                 if args.stop_on_collapse:  # before a checkpoint of it drops an older one
                     failed = monitor.explained_verdict() if monitor.verdict in FAILING else None
                     if failed := agreement.first_of_any(failed):
-                        raise ValueError(f"step {done}: {failed}. {last_checkpoint(output_dir)}")
+                        raise RunError(f"step {done}: {failed}. {last_checkpoint(output_dir)}")
             num_seen = (done - first_step) * global_batch_size
             too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
             if save_now or too_many:
                 save(done)
             if too_many:
-                raise ValueError(
+                raise RunError(
                     f"{skipped.total()} of {num_seen} images are broken, more than max_skipped_fraction = "
                     f"{args.max_skipped_fraction}: {monitor.first_skipped()} (all are in "
                     f"{output_dir / 'skipped.jsonl'})"
@@ -395,12 +403,22 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog) -
                 save(done)
                 stop(asked, done)
 
+    interruption.remark = "; all steps are saved, and --resume_from_checkpoint latest does what is left"
     draw_figures(at_end=True)
     teacher = whole_network(teacher, accelerator.is_main_process, "cpu")
     monitor.say(f"Verdict of the metrics: {monitor.explained_verdict()}")
     if accelerator.is_main_process:
-        snippet = publish(teacher.dino, image_processor, output_dir)
-        write_card(teacher.dino, args, loader.num_images, num_steps, global_batch_size, bool(checkpoint), hub_datasets)
+        is_resumed = checkpoint is not None
+
+        def write(new: Path) -> None:
+            publish(teacher.dino, image_processor, new)
+            write_card(
+                new / "README.md", teacher.dino, args, loader.num_images, num_steps, global_batch_size, is_resumed,
+                hub_datasets,
+            )  # fmt: skip
+
+        folder.publish(write)
+        snippet = usage(teacher.dino, str(output_dir))
         monitor.say(f"The teacher's backbone is in {output_dir}, figures in {output_dir / 'figures'}. To use it:")
         monitor.say(snippet)
         if args.push_to_hub:

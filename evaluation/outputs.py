@@ -1,0 +1,153 @@
+"""Files that a command writes: which ones it may replace, and how they are written whole.
+
+A command replaces its own files alone. It recognizes them by what they say of themselves: reports by their entries'
+`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PillowImage
+from PIL.PngImagePlugin import PngInfo
+
+from .attention_video import VIDEO_SUFFIXES, import_av
+
+
+_INPUTS = ("dataset_name", "image", "video", "distractors", "whitening", "places")
+
+
+def mark(command: str) -> str:
+    """Return what a picture, video or .npz of `dino-eval COMMAND` says of its origin."""
+    return f"dino-eval {command}"
+
+
+def is_from(path: Path, command: str) -> bool:
+    """Return whether a report, picture, video or .npz is from `dino-eval COMMAND`."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start.startswith(b"\x89PNG"):
+            with PillowImage.open(path) as picture:
+                return picture.info.get("Software") == mark(command)
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                return archive.comment.decode() == mark(command)
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            with import_av().open(str(path)) as container:
+                tags = {name.lower(): value for name, value in container.metadata.items()}
+            return tags.get("comment") == mark(command)
+        entries = json.loads(path.read_text()) if start.startswith(b"[") else []
+        return bool(entries) and all(entry["protocol"] == command for entry in entries)
+    except Exception:  # what libraries raise for a file of any other kind
+        return False
+
+
+def check_outputs(args: Namespace, paths: Iterable[Path], is_ours: Callable[[Path], bool] | None = None) -> None:
+    """Check the files that a command will write, before it does any work.
+
+    Args:
+        args: The command's arguments.
+        paths: The files.
+        is_ours: Return whether an existing file is from the same command. Default: `is_from`.
+
+    Raises:
+        ValueError: a file that is not from the same command, unless `args.overwrite`; an input; a file among the
+            images of a folder that is an input, except a report; a folder that cannot be written.
+    """
+    given = [vars(args).get(name) or [] for name in _INPUTS]
+    inputs = [Path(name).expanduser() for names in given for name in ([names] if isinstance(names, str) else names)]
+    for path in paths:
+        resolved = path.resolve()
+        for source in inputs:
+            if resolved == source.resolve():
+                raise ValueError(f"the input {source} cannot be its own output. Choose another output.")
+            if source.is_dir() and source.resolve() in resolved.parents and path.suffix != ".json":
+                raise ValueError(f"{path} would become a part of the input {source}. Choose an output outside of it.")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is a folder or device, and not a file. Choose another output.")
+        if os.path.lexists(path) and not args.overwrite:
+            if not (is_ours(path) if is_ours else is_from(path, args.protocol)):
+                origin = mark(args.protocol)
+                raise ValueError(
+                    f"{path} exists and is not from {origin}. Choose another output, or replace it with --overwrite."
+                )
+        folder = next(parent for parent in resolved.parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} is not a folder that can be written. Choose another output than {path}.")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context manager that gives a temporary path of the same name, and moves it to `path` at the end.
+
+    Where the block fails, `path` does not change. A link stays, and its target is replaced.
+    """
+    path = path.resolve()
+    with _temporary_folder(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Context manager that gives a temporary folder, and moves the files in it to `folder` at the end."""
+    with _temporary_folder(folder / "files") as temporary:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, folder / file.name)
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Context manager that gives an empty folder beside `path`, always the same one, and removes it at the end."""
+    folder = path.with_name(f".{path.name[:50]}.incomplete")
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+def write_figure(figure, path: Path, origin: str, **options) -> None:
+    """Write a figure of matplotlib as a PNG that names its origin, and close it.
+
+    Args:
+        figure: The figure.
+        path: The PNG.
+        origin: See `mark`.
+        **options: Arguments of `savefig`.
+    """
+    from matplotlib import pyplot as plt
+
+    with replacing(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": origin}, **options)
+    plt.close(figure)
+
+
+def write_picture(picture: PillowImage.Image, path: Path, origin: str) -> None:
+    """Write a picture as a PNG that names its origin."""
+    info = PngInfo()
+    info.add_text("Software", origin)
+    with replacing(path) as temporary:
+        picture.save(temporary, pnginfo=info)
+
+
+def write_arrays(arrays: dict[str, np.ndarray], path: Path, origin: str) -> None:
+    """Write arrays as an .npz that names its origin."""
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **arrays)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.comment = origin.encode()

@@ -1,0 +1,85 @@
+"""A data loader whose workers never outlive what uses them, and whose losses are errors that say what happened."""
+
+import gc
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch.utils.data import DataLoader
+
+from .interruption import end_with_parent
+
+
+_HINTS = {
+    "SIGKILL": ", as when memory runs out; lower --num_workers",
+    "SIGBUS": ": a data file was cut while it was read, or shared memory (/dev/shm) is full",
+}
+_abandoned: list[Iterator] = []  # whose end would wait for locks that a killed worker may hold
+
+
+class Loader(DataLoader):
+    """PyTorch's DataLoader, the end of whose workers is certain.
+
+    A worker that is killed is a ValueError where its batch is waited for, and not wherever the process happens to be.
+    When iteration ends early, by an error or otherwise, the workers are killed instead of being asked and waited for;
+    persistent ones remain until the loader goes. When the process ends, by whatever cause, they end.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, worker_init_fn=_prepare_worker, **kwargs)
+
+    def __iter__(self) -> Iterator:
+        before = set(multiprocessing.active_children())
+        with _sigchld_kept():
+            batches = super().__iter__()
+        workers = set(multiprocessing.active_children()) - before
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    if lost := _explain_lost(workers):
+                        raise ValueError(lost) from error
+                    raise
+                yield batch
+        except BaseException as error:
+            if not (self.persistent_workers and isinstance(error, GeneratorExit)):
+                for worker in workers:
+                    worker.kill()
+                _abandoned.append(batches)
+            raise
+
+
+def _prepare_worker(_: int) -> None:
+    end_with_parent()
+    # the memory of all that has been imported stays shared with the parent; a garbage collection would copy it
+    gc.freeze()
+
+
+@contextmanager
+def _sigchld_kept() -> Iterator[None]:
+    """Context manager within which PyTorch sets no handler that raises in mid-step when a worker is killed."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler: Callable | int = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _explain_lost(workers: set) -> str | None:
+    """Return how a worker has ended that should not have; None if all are there."""
+    for worker in workers:
+        worker.join(0.1)  # one that has just been killed
+        if worker.exitcode is not None and worker.exitcode < 0:
+            name = signal.Signals(-worker.exitcode).name
+            return f"a data loader worker (process {worker.pid}) was killed by {name}{_HINTS.get(name, '')}"
+        if worker.exitcode:
+            return f"a data loader worker (process {worker.pid}) ended with exit code {worker.exitcode}"
+    return None
