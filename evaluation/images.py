@@ -51,6 +51,12 @@ def _split_folders(path: Path) -> dict[str, str]:
     return {"train": f"{path}/**"}
 
 
+def split_folder(path: Path, split: str) -> Path:
+    """The folder that all files of a split lie in."""
+    folders = {} if not path.is_dir() else _split_folders(path)
+    return Path(folders.get(split, str(path)).removesuffix("/**"))
+
+
 def is_path(name: str) -> bool:
     """Whether a name of data or weights is a path, there or not, and no Hub id."""
     path = Path(name).expanduser()

@@ -134,7 +134,8 @@ class TrainingArguments(AugmentationArguments):
         default="may", help="Whether `latest` may start anew, or must find a checkpoint."
     )
     allow_changed: list[str] = HfArg(
-        default_factory=list, help="Settings that may differ from those of the checkpoint that the run goes on from."
+        default_factory=list,
+        help="Settings that may differ from those of the checkpoint that the run resumes from; `data` for the images.",
     )
     save_steps: int | None = HfArg(default=None, help="Steps between checkpoints; every epoch by default.")
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")
@@ -172,7 +173,7 @@ class TrainingArguments(AugmentationArguments):
                 raise ValueError(f"{name} is missing; give --{name}")
         names = [field.name for field in dataclasses.fields(self)]
         for name in self.allow_changed:
-            if name not in (*names, "mixed_precision"):  # the launcher's
+            if name not in (*names, "data", "mixed_precision"):  # the images themselves; the launcher's
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
         for field in dataclasses.fields(self):
             allowed, value = get_args(field.type), getattr(self, field.name)

@@ -9,6 +9,7 @@ the libraries, and the size and hash of every file, by which a damaged checkpoin
 import hashlib
 import itertools
 import json
+import logging
 import re
 import shutil
 import warnings
@@ -29,10 +30,13 @@ from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
+from .data_identity import explain_change
 from .failure import RunError
 from .sharding import cut_up_like_, gathered, whole_network
 from .state import TrainingState, random_state
 
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "torchvision")  # whose versions are noted
 
@@ -59,6 +63,7 @@ def save_checkpoint(
     image_processor,
     args: TrainingArguments,
     global_batch_size: int,
+    data: list[dict],
 ) -> None:
     """Write under a temporary name, rename when all processes are done, then remove the oldest above the limit.
 
@@ -98,7 +103,7 @@ def save_checkpoint(
         torch.save(own, unfinished / f"rank_{accelerator.process_index}.pt")
 
     def finish() -> None:
-        write_manifest(unfinished, step, args, global_batch_size)
+        write_manifest(unfinished, step, args, global_batch_size, data)
         unfinished.rename(folder)
 
     for write, is_mine in ((write_shared, is_main), (write_own, True), (finish, is_main)):
@@ -160,8 +165,8 @@ def _explain_full_disk(folder: Path, needed: int) -> str | None:
     return f"no space left on the device: it needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
 
 
-def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batch_size: int) -> None:
-    """Says in `manifest.json` what the checkpoint is of, and what its files must be like."""
+def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batch_size: int, data: list[dict]) -> None:
+    """Say in `manifest.json` what the checkpoint is of, and what its files must be like."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _hash(path)}
         for path in sorted(folder.rglob("*"))
@@ -172,6 +177,8 @@ def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batc
         "global_batch_size": global_batch_size,
         "mixed_precision": AcceleratorState().mixed_precision,
         "arguments": asdict(args),
+        "data": data,
+        "num_threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in LIBRARIES},
         "files": files,
     }
@@ -189,9 +196,13 @@ def _hash(path: Path) -> str:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None for one that is as it was written."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"its manifest.json cannot be read ({type(error).__name__})"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in manifest["files"].items()}
+        dict(manifest["arguments"]), manifest["step"], manifest["global_batch_size"], manifest["mixed_precision"]
+    except OSError as error:
+        return f"its manifest.json cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest.json is not what was written ({type(error).__name__})"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -259,15 +270,19 @@ def saved_arguments(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())["arguments"]
 
 
-def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size: int) -> None:
-    """Finds settings by which the run would not go on as it would have.
+def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size: int, data: list[dict]) -> None:
+    """Find settings and data by which the run would not continue as it would have.
+
+    Settings that a checkpoint of an earlier version lacks had their defaults. Other versions of libraries, and another
+    number of threads, are warned of: the last bits may differ.
 
     Raises:
-        ValueError: names them, unless they are in `args.allow_changed`; and another optimiser, in any case.
+        ValueError: names what differs, unless it is in `args.allow_changed`; and another optimizer, in any case.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
-    theirs, ours = manifest["arguments"], json.loads(json.dumps(asdict(args)))
-    changes = {name: (theirs.get(name), value) for name, value in ours.items() if name not in _ABOUT_THE_RUN}
+    defaults = asdict(TrainingArguments(dataset_name=args.dataset_name, output_dir=args.output_dir))
+    theirs, ours = (json.loads(json.dumps(each)) for each in (defaults | manifest["arguments"], asdict(args)))
+    changes = {name: (theirs[name], value) for name, value in ours.items() if name not in _ABOUT_THE_RUN}
     changes["per_device_train_batch_size"] = (manifest["global_batch_size"], global_batch_size)
     changes["mixed_precision"] = (manifest["mixed_precision"], AcceleratorState().mixed_precision)
     if args.freeze_backbone_steps is None:  # then it is the checkpoint's, see `resolve_freeze`
@@ -285,6 +300,24 @@ def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size
                 f"{folder} was trained with {name} {before}{of_all}, not {now}: the run would not go on as it would "
                 f"have. --allow_changed {name} does so all the same"
             )
+    if "data" not in manifest:
+        logger.info("%s is of an earlier version and does not say what its data was", folder)
+    elif (change := explain_change(manifest["data"], data)) and "data" not in args.allow_changed:
+        raise ValueError(
+            f"{folder} was trained on other data: {change}. --allow_changed data continues on what is there now"
+        )
+    _warn_of_other_bits(folder, manifest)
+
+
+def _warn_of_other_bits(folder: Path, manifest: dict) -> None:
+    versions = {name: version(name) for name in LIBRARIES}
+    others = [f"{name} {old}, not {versions[name]}" for name, old in manifest.get("versions", {}).items()
+              if versions.get(name) != old and name in versions]  # fmt: skip
+    num_threads = manifest.get("num_threads", torch.get_num_threads())
+    if num_threads != torch.get_num_threads():
+        others.append(f"{num_threads} threads (OMP_NUM_THREADS), not {torch.get_num_threads()}")
+    if others:
+        warnings.warn(f"{folder} was saved with {', '.join(others)}: the last bits of what follows may differ")
 
 
 # fields of a config that say nothing about what the network computes of an image

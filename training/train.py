@@ -33,6 +33,7 @@ from .checkpoint import (
     set_later_checkpoints_aside,
 )
 from .data import CropLoader, DataError
+from .data_identity import identify_data
 from .dry_run import describe, without_downloads
 from .failure import RunError, rescued
 from .figures import Figures, choose_images
@@ -154,7 +155,7 @@ def train(args: TrainingArguments) -> Path:
             return _train(args, accelerator, run_log, folder)
 
 
-def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: int) -> Path | None:
+def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: int, data: list[dict]) -> Path | None:
     """Return the checkpoint to resume from, if there is one.
 
     Raises:
@@ -164,7 +165,7 @@ def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: i
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint, args.resume == "must")
     if checkpoint:
-        check_same_settings(checkpoint, args, global_batch_size)
+        check_same_settings(checkpoint, args, global_batch_size, data)
     return checkpoint
 
 
@@ -196,7 +197,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
-    checkpoint = choose_start(args, output_dir, global_batch_size)
+    data = identify_data(args, loader.lengths)
+    checkpoint = choose_start(args, output_dir, global_batch_size, data)
     is_resumed = checkpoint is not None and is_of_folder(checkpoint, output_dir)
     folder.check_idle(args, is_resumed)
     set_seed(args.seed)
@@ -308,7 +310,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
         elapsed = monitor.pause()
         guard.settle()  # so that no checkpoint is made of what has gone wrong
         save_checkpoint(
-            accelerator, among, output_dir, step, state, data_state, image_processor, args, global_batch_size
+            accelerator, among, output_dir, step, state, data_state, image_processor, args, global_batch_size, data
         )
         saved_step = step
         if accelerator.is_main_process:
