@@ -5,7 +5,10 @@ Images stay encoded until somebody needs pixels, and then `EncodedImage` is the 
 
 import hashlib
 import io
+import pickle
 import struct
+import tarfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +35,7 @@ from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PillowImage
 
+from modeling_dino.command_line import printable
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 
@@ -93,6 +97,11 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
             return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
         return saved
     files = [file for file in path.rglob("*") if file.is_file()]
+    if odd := [file for file in files if not _is_utf8(str(file))]:
+        raise ValueError(
+            f"the names of {len(odd)} files in {dataset_name} are not UTF-8, such as {printable(str(odd[0]))}. The "
+            "datasets library cannot read them. Rename them, as convmv does."
+        )
     if not any(file.suffix in (".parquet", ".arrow", ".tar", ".zip") for file in files):
         if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
             found = sorted({file.suffix or "no ending" for file in files})
@@ -106,6 +115,24 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
         return load_dataset(str(path), config_name, streaming=streaming, **options)
     except DataFilesNotFoundError as error:
         raise ValueError(f"no data files in {dataset_name}: {error}") from error
+
+
+def _pickled_member(dataset_name: str) -> str:
+    path = Path(dataset_name).expanduser()
+    for file in [path] if path.is_file() else sorted(path.rglob("*.tar")):
+        with tarfile.open(file) as tar:
+            for member in tar:
+                if member.name.endswith((".pth", ".pt", ".pkl", ".pickle", ".pyd")):
+                    return printable(member.name)
+    return "a .pth file"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python keeps the bytes as surrogates
+        return False
+    return True
 
 
 def split_names(dataset_name: str, config_name: str | None = None, streaming: bool = False) -> list[str]:
@@ -176,7 +203,14 @@ def load_images(
         ValueError: whatever is missing; says what there is instead.
     """
     try:
-        splits = _load(dataset_name, config_name, streaming)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            splits = _load(dataset_name, config_name, streaming)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{dataset_name} holds pickled members, such as {_pickled_member(dataset_name)}, which could run code and "
+            "are not read. Leave them out of the tar."
+        ) from error
     except (DatasetGenerationError, BadZipFile, ReadError) as error:
         raise ValueError(f"{dataset_name} cannot be read: {error.__cause__ or error}") from error
     if split not in splits:
@@ -205,7 +239,7 @@ class BrokenImageError(ValueError):
     """An image that cannot be decoded faithfully. `kind` is one of a few words, the message names the image."""
 
     def __init__(self, name: str, kind: str, reason: str):
-        super().__init__(f"image {name} {reason}")
+        super().__init__(f"image {printable(name)} {reason}")
         self.name, self.kind = name, kind
 
 
@@ -242,6 +276,7 @@ class EncodedImage:
 
     Attributes:
         height, width: In pixels, upright.
+        is_jpeg: Whether it can be decoded to fewer pixels.
 
     Raises:
         BrokenImageError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
@@ -264,6 +299,7 @@ class EncodedImage:
         self.name = image["path"] or "without a file name"
         with self._named_errors():
             self._file = PillowImage.open(io.BytesIO(image_content(image)))
+            self.is_jpeg = self._file.format == "JPEG"
             if self._file.mode[0] in "IF":
                 reason = f"has Pillow's mode {self._file.mode}, and not 8 bits a channel"
                 raise BrokenImageError(self.name, "not 8 bits", reason)

@@ -86,16 +86,7 @@ def load_model(
         mean_and_std(processor, channels)
         to_pixel_values(processor, [np.zeros((channels, 64, 64), np.uint8)])
     if not kind:
-        _check_headers(Path(source))
-        with _named_errors(source, _weights_file(source)), _quiet():
-            model, info = AutoModel.from_pretrained(
-                source, output_loading_info=True, dtype=dtype, ignore_mismatched_sizes=True, trust_remote_code=False
-            )
-        for key, found, expected in sorted(info["mismatched_keys"]):
-            raise ValueError(
-                f"the weight {key} of {source} has the shape {tuple(found)}, and config.json asks for "
-                f"{tuple(expected)}. Copy or convert config.json and weights again, together."
-            )
+        model, info = load_weights(AutoModel, source, dtype=dtype, trust_remote_code=False)
         missing = sorted(info["missing_keys"])
         if model.config.model_type in _WITH_UNTRAINED_POOLER:
             missing = [key for key in missing if not key.startswith("pooler.")]
@@ -118,6 +109,25 @@ def load_model(
         mean, std = (values.flatten().tolist() for values in mean_and_std(processor, channels))
         processor = make_image_processor(image_size, channels, mean, std)
     return model, processor
+
+
+def load_weights(model_class, source: str, **options) -> tuple[PreTrainedModel, dict]:
+    """What `model_class.from_pretrained` gives for a folder or Hub id, and what transformers says of its weights.
+
+    Raises:
+        ValueError: a file that is missing, damaged or asks for too much memory, or weights of other shapes; names it.
+    """
+    _check_headers(Path(source))
+    with _named_errors(source, _weights_file(source)), _quiet():
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"the weight {key} of {source} has the shape {tuple(found)}, and config.json asks for "
+            f"{tuple(expected)}. Copy or convert config.json and weights again, together."
+        )
+    return model, info
 
 
 @contextlib.contextmanager

@@ -1,11 +1,18 @@
 """Every mistake: one line on stderr that says what was given and what is allowed, and exit code 2."""
 
+import io
+import os
+import pickle
 import shutil
+import tarfile
 
 import pytest
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 
 from evaluation.__main__ import evaluate_from_command_line
+from modeling_dino import DINOConfig, DINOModel
 from modeling_dino.command_line import run
 from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
@@ -125,10 +132,19 @@ def test_flags_add_to_the_overrides_of_a_recipe(recipe):
 
 
 def test_data_of_which_nothing_can_be_decoded_is_no_start(recipe, flat_folder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
     for path in flat_folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes()[:100])
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes()[:100])
     for num_workers in (0, 1):
-        argv = (*recipe(), "--dataset_name", tmp_path, "--output_dir", tmp_path / "out", "--num_workers", num_workers)
+        argv = (
+            *recipe(),
+            "--dataset_name",
+            tmp_path / "images",
+            "--output_dir",
+            tmp_path / "out",
+            "--num_workers",
+            num_workers,
+        )
         message = answer(train_from_command_line, argv, capsys)
         assert "none of the 8 images of a batch can be decoded; the first: image " in message
         assert ".png cannot be decoded: " in message and "Traceback" not in message
@@ -232,3 +248,75 @@ def test_output_dir_that_is_a_file(recipe, parquet_folder, tmp_path):
     finished = command(*recipe(), "--dataset_name", parquet_folder, "--output_dir", tmp_path / "file")
     assert finished.returncode == 2 and "output_dir must be a folder" in finished.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_file_name_that_is_not_utf8_is_named(recipe, flat_folder, tmp_path, out):
+    folder = shutil.copytree(flat_folder, tmp_path / "images")
+    (folder / "0.png").rename(os.fsdecode(bytes(folder) + b"/gr\xfcn\x1b[31m.png"))
+    finished = command(*recipe(), "--dataset_name", folder, *out)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert r"such as " + str(folder) + r"/gr\udcfcn\x1b[31m.png." in finished.stderr
+
+
+def test_names_that_a_terminal_would_obey_are_quoted(flat_folder, tmp_path):
+    folder = shutil.copytree(flat_folder, tmp_path / "images")
+    (folder / "bad\n\x1b[2J.png").write_text("no image")
+    finished = command(folder, module="training.check")
+    assert r"image " + str(folder) + r"/bad\n\x1b[2J.png cannot be decoded" in finished.stdout
+    assert "\x1b" not in finished.stdout + finished.stderr
+
+
+WRONG_WEIGHTS = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "with a header of petabytes": lambda content: (2**50).to_bytes(8, "little") + content[8:],
+    "of other shapes": None,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_WEIGHTS)
+def test_weights_to_start_from_that_are_damaged_are_named(recipe, parquet_folder, out, tmp_path, kind):
+    config = DINOConfig(**RECIPE["config_overrides"])
+    DINOModel(config).save_pretrained(tmp_path / "weights")
+    file = tmp_path / "weights/model.safetensors"
+    if damage := WRONG_WEIGHTS[kind]:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        wider = DINOModel(DINOConfig(**RECIPE["config_overrides"] | {"hidden_size": 48}))
+        save_file(wider.state_dict(), file, {"format": "pt"})
+    finished = command(*recipe(), "--dataset_name", parquet_folder, *out, "--init_from", tmp_path / "weights")
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
+    assert str(tmp_path / "weights") in finished.stderr and "again" in finished.stderr
+
+
+def test_size_that_no_memory_holds_is_said(recipe, parquet_folder, out):
+    finished = command(
+        *recipe(), "--dataset_name", parquet_folder, *out, "--config_overrides", "hidden_size=1000000000"
+    )
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert "ask for more memory than there is" in finished.stderr
+
+
+def test_large_images_are_warned_of_before_the_first_step(recipe, tmp_path, out):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (11000, 11000)).save(tmp_path / "images/0.png", compress_level=1)
+    for i in range(1, 8):
+        os.link(tmp_path / "images/0.png", tmp_path / f"images/{i}.png")
+    argv = (*recipe(), "--dataset_name", tmp_path / "images", *out, "--dry_run", "--num_workers", 7)
+    finished = command(*argv)
+    assert "images of 11000 x 11000 pixels take about 1.1 GiB in each of 7 workers, 7.9 GiB in all" in finished.stderr
+    assert "lower --num_workers" in finished.stderr
+
+
+def test_tar_that_holds_a_pickle_is_refused_by_its_name(recipe, tmp_path, out):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i in range(8):
+            image = io.BytesIO()
+            Image.new("RGB", (24, 24)).save(image, "PNG")
+            for name, content in ((f"{i}.png", image.getvalue()), (f"{i}.pth", pickle.dumps({"a": 1}))):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    finished = command(*recipe(), "--dataset_name", tmp_path / "shard.tar", *out)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
+    assert "shard.tar" in finished.stderr and ".pth" in finished.stderr

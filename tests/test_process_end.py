@@ -198,7 +198,7 @@ def test_closed_streams_do_not_end_the_run(recipe, parquet_folder, tmp_path):  #
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
     finished = scripted(UNREAD, tmp_path, *argv)
     assert finished.returncode == 0 and len(losses(tmp_path / "run")) == 10
-    assert (tmp_path / "run/train.log").read_text().count("UserWarning: careful") == 10
+    assert (tmp_path / "run/train.log").read_text().count("careful (UserWarning") == 10
 
 
 NOTEBOOK = """

@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from transformers import PreTrainedConfig
 
 from evaluation.images import is_path
+from evaluation.models import load_weights
 from modeling_dino import DINOConfig, DINOForPreTraining
 from modeling_dino.command_line import one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
@@ -388,7 +389,7 @@ def load_initial_weights(
             raise ValueError(f"{source} is no model of ours; dino-convert makes one of it, if it is DINO's")
         ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE
         _check_same_network(source, DINOConfig.from_pretrained(source), model.config, ignored, without_head=True)
-        saved, info = DINOForPreTraining.from_pretrained(source, output_loading_info=True)
+        saved, info = load_weights(DINOForPreTraining, str(source))
         head = {key for key in saved.state_dict() if key.startswith("head.")}
         if info["missing_keys"] and set(info["missing_keys"]) != head:
             raise ValueError(f"{source} lacks weights, such as {min(info['missing_keys'])}")

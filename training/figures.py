@@ -5,7 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
+from torchvision.transforms.v2 import functional as F
 
 from evaluation.attention import draw_attention_of
 from evaluation.images import BrokenImageError, decode_image
@@ -18,6 +20,7 @@ from .monitor import draw_curves, to_pictures
 
 
 NUM_IMAGES = 4  # in the attention figure
+MAX_SIDE = 2048  # of these images, in pixels
 SHARE_OF_TIME = 0.05  # that drawing may take
 
 
@@ -62,6 +65,15 @@ class Figures:
         self.took = self.drawn - start
 
 
+def _shrunk(pixels: np.ndarray) -> np.ndarray:
+    """An image (channels, height, width) of at most MAX_SIDE pixels a side, as it is kept for the whole run."""
+    factor = MAX_SIDE / max(pixels.shape[1:])
+    if factor >= 1:
+        return pixels
+    size = [max(1, round(side * factor)) for side in pixels.shape[1:]]
+    return F.resize(torch.from_numpy(pixels), size, antialias=True).numpy()
+
+
 def choose_images(
     dataset: Dataset | IterableDataset, first_batch: CropBatch | None, num_channels: int, args: TrainingArguments
 ) -> list[np.ndarray]:
@@ -77,7 +89,7 @@ def choose_images(
     images = []
     for index in np.random.default_rng(args.seed).permutation(len(dataset)).tolist():
         with suppress(BrokenImageError):
-            images.append(decode_image(dataset[index]["image"], num_channels))
+            images.append(_shrunk(decode_image(dataset[index]["image"], num_channels)))
         if len(images) == NUM_IMAGES:
             break
     return images

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
@@ -25,12 +26,16 @@ TALKING_LIBRARIES = (
 logger = logging.getLogger(__name__)
 
 
+def _one_line_warning(message, category, filename, lineno, line=None) -> str:
+    return f"{message} ({category.__name__}, {filename}:{lineno})"
+
+
 class _Console(logging.Handler):
     """Warnings on stderr, above a bar that may be there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # nobody reads it any more
-            tqdm.write(printable(self.format(record)), file=sys.stderr)
+            tqdm.write(printable(" ".join(self.format(record).split())), file=sys.stderr)
 
 
 class _File(logging.FileHandler):
@@ -85,6 +90,7 @@ class RunLog(MemoryHandler):
         level = ours.level
         ours.setLevel(logging.INFO)
         logging.captureWarnings(True)
+        formatted, warnings.formatwarning = warnings.formatwarning, _one_line_warning
         try:
             yield self
         except BaseException as end:  # a SystemExit, too
@@ -92,6 +98,7 @@ class RunLog(MemoryHandler):
             raise
         finally:
             logging.captureWarnings(False)
+            warnings.formatwarning = formatted
             ours.setLevel(level)
             for handler in handlers:
                 root.removeHandler(handler)

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import CONFIG_MAPPING
 
 from modeling_dino import DINOConfig, DINOForPreTraining
-from modeling_dino.command_line import CONFIGS, find_config, nearest
+from modeling_dino.command_line import CONFIGS, find_config, nearest, one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .arguments import TrainingArguments
@@ -86,7 +86,12 @@ def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTrain
         ValueError: a network that cannot be built, or does not take the crops.
     """
     if config.backbone_config is None:
-        return DINOForPreTraining(config)
+        try:
+            return DINOForPreTraining(config)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # sizes that no memory holds
+            raise ValueError(
+                f"model_config and config_overrides ask for more memory than there is: {one_line(error)}"
+            ) from error
     try:
         student = DINOForPreTraining(config)
         sizes = [args.global_crop_size] + [args.local_crop_size] * (args.num_local_crops > 0)

@@ -58,6 +58,7 @@ from .signals import student_teacher_distance
 from .state import TrainingState, prepare_state, random_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
+from .worker_memory import warn_of_memory
 
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
     loader = CropLoader(data_args, config.num_channels, num_accumulated)
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
+    if loader.is_map_style and accelerator.is_main_process:
+        warn_of_memory(loader.dataset, args, config.num_channels)
     evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
     data = identify_data(args, loader.lengths)
     checkpoint = choose_start(args, output_dir, global_batch_size, data)
