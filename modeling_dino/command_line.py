@@ -21,7 +21,7 @@ class OneLineErrors:
     """Makes an `ArgumentParser` answer in one line, and name the nearest flag to one that it does not know."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def parse_known_args(self, args=None, namespace=None):
         if self._subparsers is None:  # else the flags are a sub-command's

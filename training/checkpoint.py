@@ -169,7 +169,7 @@ def _explain_full_disk(folder: Path, needed: int) -> str | None:
 def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batch_size: int, data: list[dict]) -> None:
     """Say in `manifest.json` what the checkpoint is of, and what its files must be like."""
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _hash(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -186,7 +186,7 @@ def write_manifest(folder: Path, step: int, args: TrainingArguments, global_batc
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _hash(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -210,7 +210,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
-        if _hash(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             return f"{name} is not what was written"
     return None
 

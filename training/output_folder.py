@@ -15,7 +15,7 @@ from evaluation.images import is_path
 from evaluation.outputs import write_text
 
 from .arguments import TrainingArguments
-from .checkpoint import list_checkpoints, remove_checkpoint
+from .checkpoint import list_checkpoints, remove_checkpoint, sha256_of
 from .failure import RunError
 from .monitor import read_metrics
 
@@ -27,7 +27,8 @@ WRITTEN = (  # while the run goes on
 )
 CODE = tuple(sorted(path.name for path in Path(modeling_dino.__file__).parent.glob("*_dino.py")))
 PUBLISHED = ("config.json", "preprocessor_config.json", "README.md", *CODE)  # once, when it is done; and the weights
-FOLDERS = ("checkpoints", "tensorboard")
+UNPUBLISHED = ".publishing"  # the folder that files are published from
+FOLDERS = ("checkpoints", "tensorboard", UNPUBLISHED)
 PATIENCE = 5  # seconds in which the workers of a run that was killed let go of the lock
 
 
@@ -140,7 +141,7 @@ class OutputFolder:
         checkpoints = self.path / "checkpoints"
         for unfinished in checkpoints.glob("step_*.tmp"):
             remove_checkpoint(unfinished)
-        shutil.rmtree(self.path / ".publishing", ignore_errors=True)
+        shutil.rmtree(self.path / UNPUBLISHED, ignore_errors=True)
         gone = ["non_finite.jsonl"]
         if not is_resumed:
             for folder in list_checkpoints(self.path):
@@ -165,11 +166,11 @@ class OutputFolder:
         Raises:
             RunError: a file that has come there meanwhile, and no run wrote.
         """
-        new = self.path / ".publishing"
+        new = self.path / UNPUBLISHED
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         write(new)
-        hashes = {path.name: _hash(path) for path in new.iterdir()}
+        hashes = {path.name: sha256_of(path) for path in new.iterdir()}
         for name in hashes:
             if os.path.lexists(self.path / name) and not self._is_ours(name):
                 raise RunError(
@@ -206,7 +207,7 @@ class OutputFolder:
         if file.is_symlink():
             return False
         if name in self.published:
-            return file.is_file() and _hash(file) in self.published[name]
+            return file.is_file() and sha256_of(file) in self.published[name]
         return name in self.claimed
 
     def _read(self) -> dict:
@@ -217,8 +218,9 @@ class OutputFolder:
             manifest = json.loads(file.read_text())
             if manifest["made_by"] != "dino-hf":
                 raise ValueError
-            return manifest | {"claimed": list(manifest["claimed"]), "published": dict(manifest["published"])}
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            published = {name: list(hashes) for name, hashes in manifest["published"].items() if _is_name(name)}
+            return manifest | {"claimed": list(manifest["claimed"]), "published": published}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
                 f"{file} is damaged, or not of a run; move it away, or choose another --output_dir"
             ) from error
@@ -231,7 +233,7 @@ class OutputFolder:
         if not list_checkpoints(self.path) and not (has_card and has_config):
             return {"claimed": [], "published": {}}
         names = ["README.md"] * has_card + [*PUBLISHED[:2], *CODE, *self._weights()] * has_config
-        published = {name: [_hash(self.path / name)] for name in names if (self.path / name).is_file()}
+        published = {name: [sha256_of(self.path / name)] for name in names if (self.path / name).is_file()}
         return {"claimed": [*WRITTEN, *FOLDERS], "published": published}
 
     def _write(self) -> None:
@@ -240,11 +242,11 @@ class OutputFolder:
         write_text(self.path / MANIFEST, json.dumps(manifest, indent=1))
 
 
+def _is_name(name: str) -> bool:
+    """Return whether a name lies in the folder itself, and not outside of it."""
+    return name == os.path.basename(name)
+
+
 def _is_weights(name: str) -> bool:
     """Return whether `save_pretrained` gives files such names: whole, in parts, or the index of parts."""
     return name in ("model.safetensors", "model.safetensors.index.json") or "-of-" in name
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
