@@ -137,18 +137,30 @@ def test_tracker_that_hangs_is_left_behind(plain, recipe, parquet_folder, tmp_pa
     assert losses(tmp_path) == losses(plain)
 
 
-def test_no_place_for_tensorboard_or_figures_changes_nothing(plain, recipe, parquet_folder, tmp_path):  # noqa: F811
-    """Files lie where their folders would."""
+NO_PLACE = """
+import sys
+from training.__main__ import main, train
+module = sys.modules[train.__module__]
+begin = module.OutputFolder.begin
+def begin_and_fill(folder, *args, **kwargs):
+    begin(folder, *args, **kwargs)
     for name in ("tensorboard", "figures"):
-        (tmp_path / name).write_text("")
-    argv = flags(recipe, parquet_folder, tmp_path, "--eval_steps", "5")
-    finished = command(*argv)
+        (folder.path / name).write_text("")
+module.OutputFolder.begin = begin_and_fill
+main()
+"""
+
+
+def test_no_place_for_tensorboard_or_figures_changes_nothing(plain, recipe, parquet_folder, tmp_path):  # noqa: F811
+    """Files come to lie where their folders would, after the run has looked."""
+    argv = flags(recipe, parquet_folder, tmp_path / "run", "--eval_steps", "5")
+    finished = scripted(NO_PLACE, tmp_path, *argv)
     assert finished.returncode == 0, finished.stderr
     for what in ("the tracker tensorboard", "drawing crops.png", "drawing curves.png", "drawing attention.png"):
         assert finished.stderr.count(f"{what} failed, and training goes on") == 1, finished.stderr
     assert len(finished.stderr.splitlines()) == 4
-    assert losses(tmp_path) == losses(plain)
-    assert "curves.png" not in (tmp_path / "README.md").read_text()
+    assert losses(tmp_path / "run") == losses(plain)
+    assert "curves.png" not in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize(

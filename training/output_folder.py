@@ -75,6 +75,8 @@ class OutputFolder:
         for name in ("figures", *FOLDERS):
             if (self.path / name).is_symlink():
                 raise ValueError(f"{self.path / name} is a symbolic link, which no run writes through; {advice}")
+        if (self.path / "figures").is_file():
+            raise ValueError(f"{self.path / 'figures'} was not written by a run, which has a folder there; {advice}")
         for name in (*WRITTEN, *PUBLISHED, *self._weights(), *FOLDERS):
             file = self.path / name
             if not os.path.lexists(file) or (name in FOLDERS and file.is_dir() and not any(file.iterdir())):
