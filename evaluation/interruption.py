@@ -44,6 +44,16 @@ def is_launched() -> bool:
         return False
 
 
+def _is_orphan() -> bool:
+    """Return whether init has adopted this process, whose launcher ended before it could be noticed."""
+    if os.getppid() != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:  # in a container, the launcher may be process 1 itself
+        return not any(word in Path("/proc/1/cmdline").read_bytes() for word in (b"accelerate", b"torch", b"python"))
+    except OSError:
+        return False
+
+
 class Interruption:
     """Signals that this process has received, and what becomes of them.
 
@@ -99,7 +109,7 @@ class Interruption:
             for number in os.read(reader, 64) if heard else b"":
                 if number in SIGNALS:
                     self._react(signal.Signals(number))
-            if self._launcher is not None and os.getppid() != self._launcher:
+            if self._launcher is not None and (os.getppid() != self._launcher or _is_orphan()):
                 self._launcher = None
                 self._react(LAUNCHER_ENDED)
 
@@ -133,6 +143,9 @@ class Interruption:
                 os.write(2, f"{begin}{self._command}: {text}\n".encode())
 
     def _end(self, text: str, code: int) -> None:
+        timer = threading.Timer(1, os._exit, (code,))  # a terminal that was stopped by Ctrl-S takes no line
+        timer.daemon = True
+        timer.start()
         self._tell(text)
         kill_children()
         os._exit(code)
