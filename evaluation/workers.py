@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,8 +57,15 @@ class Loader(DataLoader):
 
 def _prepare_worker(_: int) -> None:
     end_with_parent()
+    sys.excepthook = _except_lost_parent
     # the memory of all that has been imported stays shared with the parent; a garbage collection would copy it
     gc.freeze()
+
+
+def _except_lost_parent(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """Print what a thread of a worker fails with, unless it spoke to a parent that was killed."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager
