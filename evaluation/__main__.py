@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from modeling_dino.command_line import Parser, printable, run_process  # noqa: E402
 
 from . import suite  # noqa: E402
-from .processes import connect_processes  # noqa: E402
+from .processes import connect_processes, lost_process_explained  # noqa: E402
 from .protocols import add_command, add_protocols, measure_model  # noqa: E402
 from .report import format_table, write_reports  # noqa: E402
 
@@ -49,7 +49,8 @@ def evaluate_from_command_line(argv: list[str]) -> None:
         warnings.simplefilter("ignore")  # which the main process says
     disable_datasets_progress_bar()
     disable_transformers_progress_bar()
-    (suite.measure if args.protocol == "suite" else measure)(args)
+    with lost_process_explained("see what it says"):
+        (suite.measure if args.protocol == "suite" else measure)(args)
 
 
 def main() -> None:

@@ -66,12 +66,14 @@ class Interruption:
 
     Attributes:
         name: The first signal that was deferred, or the launcher's end; None if there was none.
+        is_failing: Whether an error has already ended what the process was at, which will say so.
         remark: What the line says of the state of things after "stopped by SIGINT".
     """
 
     def __init__(self):
         self.name: str | None = None
         self.remark = ""
+        self.is_failing = False
         self._since = 0.0
         self._command: str | None = None  # which listens; None in a program or notebook of somebody else's
         self._exit_code: int | None = None
@@ -118,7 +120,7 @@ class Interruption:
         code = 128 + (signal.SIGTERM if isinstance(asked, str) else asked)
         if not self._is_deferring:
             self._end(f"stopped by {name}{self.remark}", self._exit_code or code)
-        elif self._note(name):
+        elif self._note(name) and not self.is_failing:
             again = ", Ctrl-C again to stop now" if name == "SIGINT" else ""
             self._tell(f"{name} received: stopping after this step{again}")
         elif self._is_second(name):
@@ -161,7 +163,7 @@ class Interruption:
         if self._command is None and threading.current_thread() is threading.main_thread():
             self.name = None
             previous = {number: signal.signal(number, self._note_in_main_thread) for number in SIGNALS}
-        self._is_deferring = True
+        self._is_deferring, self.is_failing = True, False
         try:
             yield
         except Exception:
@@ -173,7 +175,7 @@ class Interruption:
             self._is_deferring = False
         finally:
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _note_in_main_thread(self, number: int, _) -> None:
         name = signal.Signals(number).name

@@ -1,9 +1,11 @@
 """Work that several processes share, so that one that fails takes the others along and says why."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
@@ -51,3 +53,20 @@ def of_all_processes(compute: Callable[[], T], what: str) -> list[T]:
         if reason is not None:
             raise ValueError(f"process {process} did not get {what}: {reason}")
     return [result for result, _ in results]
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Return whether this is the error that one process gets when another has died."""
+    # gloo has none of its own
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@contextmanager
+def lost_process_explained(what_is_safe: str) -> Iterator[None]:
+    """Context manager within which the error that one process gets when another has died is a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise ValueError(f"another process has ended; {what_is_safe}") from error

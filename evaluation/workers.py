@@ -74,7 +74,7 @@ def _sigchld_kept() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
-    handler: Callable | int = signal.getsignal(signal.SIGCHLD)
+    handler: Callable | int = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     try:
         yield
     finally:

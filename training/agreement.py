@@ -1,29 +1,10 @@
 """What processes must decide together, told by way of their processors, so that no device has to be waited for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-
-
-def is_lost_process(error: Exception) -> bool:
-    """Return whether this is the error that one process gets when another has died."""
-    # gloo has none of its own
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-@contextmanager
-def lost_process_explained(what_is_safe: str) -> Iterator[None]:
-    """Context manager within which the error that one process gets when another has died is a ValueError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        raise ValueError(f"another process of the run has ended; {what_is_safe}") from error
 
 
 class Agreement:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from evaluation.interruption import interruption
+from evaluation.processes import is_lost_process
 from modeling_dino.command_line import one_line
-
-from .agreement import is_lost_process
 
 
 PATIENCE = 20  # seconds in which the process unwinds, after the last whole step is saved
@@ -37,6 +36,7 @@ def rescued(save: Callable[[], None], kept: Callable[[], str]) -> Iterator[None]
     except RunError:
         raise
     except Exception as error:
+        interruption.is_failing = True
         what = describe(error)
         try:
             save()

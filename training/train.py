@@ -15,9 +15,10 @@ from accelerate.utils import gather_object, set_seed
 
 from evaluation.images import is_path
 from evaluation.interruption import Interrupted, interruption
+from evaluation.processes import lost_process_explained
 from modeling_dino.image_processing_dino import make_image_processor
 
-from .agreement import Agreement, lost_process_explained
+from .agreement import Agreement
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, finish_crops
 from .checkpoint import (
