@@ -22,7 +22,7 @@ SIZE = (32, 32)
 
 
 def write_digits(folder: Path) -> None:
-    """Writes `train` (1297 images) and `test` (500) as parquet, always the same ones."""
+    """Write `train` (1297 images) and `test` (500) as parquet, always the same ones; files that are there stay."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
@@ -31,7 +31,12 @@ def write_digits(folder: Path) -> None:
         pixels = (digits.images[indices] * 255 / 16).astype(np.uint8)
         images = [PillowImage.fromarray(image).resize(SIZE, PillowImage.Resampling.BICUBIC) for image in pixels]
         rows = {"image": images, "label": digits.target[indices].tolist()}
-        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        file = folder / f"{split}-00000-of-00001.parquet"
+        if file.exists():
+            print(f"{file} is there already")
+            continue
+        Dataset.from_dict(rows, features=features).to_parquet(file.with_suffix(".incomplete"))
+        file.with_suffix(".incomplete").replace(file)
         print(f"wrote {len(indices)} images to {folder} ({split})")
 
 
