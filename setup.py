@@ -30,7 +30,7 @@ setup(
         "accelerate>=1.15",
         "datasets>=5.2",
         "huggingface_hub>=1.5",
-        "filelock>=3.16",
+        "filelock>=3.24",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "scipy>=1.11",

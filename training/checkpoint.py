@@ -122,15 +122,30 @@ def save_checkpoint(
                 f"{last_checkpoint(output_dir)}"
             )
     if is_main:
-        for old in list_checkpoints(output_dir)[: -args.save_total_limit]:
+        for old in [*filter(is_checkpoint, list_checkpoints(output_dir))][: -args.save_total_limit]:
             remove_checkpoint(old)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a run wrote a folder, whole or damaged; other programs name their folders `step_N`, too."""
+    if folder.is_symlink():
+        return False
+    try:
+        if {"step", "arguments", "files"} <= json.loads((folder / "manifest.json").read_text()).keys():
+            return True
+    except (OSError, ValueError, AttributeError):  # it is damaged
+        pass
+    return all((folder / name).exists() for name in ("student", "teacher", "state.pt"))
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Delete the files of a checkpoint, whole or not, and its folders.
 
-    Files that no run wrote stay, in a folder of the same name and `.left`, which is no checkpoint any more.
+    Files that no run wrote stay, in a folder of the same name and `.left`, which is not a checkpoint. Nothing is
+    deleted through a symbolic link.
     """
+    if folder.is_symlink():
+        return
     try:
         names = [*json.loads((folder / "manifest.json").read_text())["files"]]
     except (OSError, ValueError, KeyError, TypeError):  # it was not finished
@@ -139,10 +154,10 @@ def remove_checkpoint(folder: Path) -> None:
     for name in [*names, "manifest.json"]:
         path = folder / name
         is_inside = folder.resolve() in path.parent.resolve().parents or folder.resolve() == path.parent.resolve()
-        if is_inside:  # else a folder has become a link
+        if is_inside and not path.is_dir():  # else a folder has become a link, or a file a folder
             path.unlink(missing_ok=True)
     for part in (folder / "student", folder / "teacher", folder):
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # not empty, or a link
             part.rmdir()
     if folder.exists():
         free = (folder.with_name(f"{folder.name}.left{number or ''}") for number in itertools.count())

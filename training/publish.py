@@ -19,7 +19,7 @@ from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .arguments import TrainingArguments
 from .monitor import read_metrics
-from .output_folder import MANIFEST, OutputFolder
+from .output_folder import OutputFolder
 
 
 # what of a run's folder is published: no checkpoints, no picture of the images, and nothing that others have put there
@@ -175,14 +175,13 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
     """
     folder = OutputFolder(output_dir)
     files = [str(path.relative_to(output_dir)) for path in _files(output_dir, _PUBLISHED)]
-    if (output_dir / MANIFEST).exists():  # else the run is of an earlier version
-        files = [name for name in files if name in folder.published or name in folder.claimed]
+    files = [name for name in files if folder.may_upload(name)]
     if not {"config.json", "README.md"} <= set(files):
         raise ValueError(f"there is no finished run in {output_dir}: it has no config.json and README.md")
     try:
         api = HfApi()
         repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
-        folder.rewrite("README.md", (output_dir / "README.md").read_text().replace(_ADDRESS, repo_id))
+        folder.rewrite("README.md", lambda card: card.replace(_ADDRESS, repo_id))
         return api.upload_folder(
             repo_id=repo_id, folder_path=output_dir, allow_patterns=files, commit_message="Trained by dino-hf"
         ).repo_url.url

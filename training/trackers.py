@@ -64,9 +64,6 @@ class Tracker(GeneralTracker):
     def _make(self) -> GeneralTracker:
         make = LOGGER_TYPE_TO_CLASS[self.name]
         if self.name == "tensorboard":
-            if not self.first_step:
-                for events_of_another_run in (self.output_dir / "tensorboard").glob("events.out.tfevents.*"):
-                    events_of_another_run.unlink()
             return make("tensorboard", self.output_dir, purge_step=self.first_step + 1)
         if self.name == "wandb":  # whose variables count for less than arguments do
             folder = os.environ.get("WANDB_DIR", self.output_dir)

@@ -253,6 +253,8 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
     if accelerator.is_main_process:
         try:
             folder.acquire()
+            folder.check(args)  # again, as a run that has just ended may have changed it
+            folder.check_idle(args, is_resumed)
             folder.begin(is_resumed, keeps_log=bool(args.resume_from_checkpoint))
             if is_resumed:
                 set_later_checkpoints_aside(output_dir, first_step)
@@ -260,6 +262,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
             reason = str(error)
     if reason := agreement.first_of_any(reason):
         raise ValueError(reason)
+    output_dir.mkdir(parents=True, exist_ok=True)  # other nodes may not see it yet on a network file system
     run_log.open(output_dir)
     describe_start(args, accelerator, first_step, num_steps)
     accelerator.log_with = [Tracker(name, output_dir, first_step, run_log) for name in trackers]
