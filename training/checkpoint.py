@@ -79,7 +79,8 @@ def save_checkpoint(
     optimizer_state = gathered(state.optimizer.state_dict(), is_main)
     folder = output_dir / "checkpoints" / f"step_{step:07d}"
     unfinished = folder.with_name(folder.name + ".tmp")
-    shared_size = sum(map(_size, (student.state_dict(), teacher.state_dict(), optimizer_state)))
+    parts = (student.state_dict(), teacher.state_dict(), optimizer_state) if is_main else ()
+    shared_size = sum(map(_size, parts))
 
     def write_shared() -> None:
         student.save_pretrained(unfinished / "student")
@@ -92,6 +93,7 @@ def save_checkpoint(
             "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
             "data": data_state,
             "num_processes": accelerator.num_processes,
+            "is_alone": is_alone and accelerator.num_processes > 1,
         }
         torch.save(shared, unfinished / "state.pt")
 
@@ -465,9 +467,10 @@ def load_progress(accelerator: Accelerator, folder: Path, state: TrainingState) 
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])
-    if rank["signals"] is None:
-        warnings.warn(f"{folder} was saved after an error: the next line of metrics lacks what process "
-                      f"{accelerator.process_index} had measured since the last one")  # fmt: skip
-    else:
+    if shared.get("is_alone"):
+        warnings.warn(
+            f"{folder} was saved after an error: the next line of metrics lacks what other processes measured"
+        )
+    if rank["signals"] is not None:
         state.signals.load_state_dict(rank["signals"])
     return shared["step"], shared["data"]
