@@ -399,7 +399,7 @@ def print_table(results: list[dict]) -> None:
         groups.setdefault(f"{kind}, {where}, {result['processes']} process(es)", []).append(result)
     print("| fault | tries | slowest until gone [s] | problems |\n|---|---|---|---|")
     for name, group in sorted(groups.items()):
-        slowest = max((result["gone"] or float("inf")) for result in group)
+        slowest = max(float("inf") if result["gone"] is None else result["gone"] for result in group)
         print(f"| {name} | {len(group)} | {slowest:.1f} | {sum(bool(result['problems']) for result in group)} |")
 
 
