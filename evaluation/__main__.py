@@ -15,7 +15,7 @@ from accelerate import PartialState  # noqa: E402
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar  # noqa: E402
 from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar  # noqa: E402
 
-from modeling_dino.command_line import Parser, printable, run_process  # noqa: E402
+from modeling_dino.command_line import Parser, run_process  # noqa: E402
 
 from . import suite  # noqa: E402
 from .processes import connect_processes, lost_process_explained  # noqa: E402
@@ -54,9 +54,6 @@ def evaluate_from_command_line(argv: list[str]) -> None:
 
 
 def main() -> None:
-    warnings.formatwarning = lambda message, *_, **__: (
-        f"dino-eval: warning: {printable(str(message))}\n"
-    )  # without a line of ours
     interruption.listen("dino-eval")
     run_process("dino-eval", evaluate_from_command_line)
 

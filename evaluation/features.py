@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_dino.command_line import Parser
+from modeling_dino.command_line import Parser, check_files
 
 from .arguments import add_dataset, add_extraction, add_model
 from .images import content_of, decode_image, load_images, pixel_hash, split_names
@@ -291,6 +291,7 @@ def read_manifest(folder: Path) -> dict | None:
             raise ValueError(f"{parts[0]} has no {MANIFEST} beside it. Delete {folder}, or choose another --features.")
         return None
     try:
+        check_files(folder)
         manifest = json.loads(path.read_text())
         names = ("model", "image_processor", "dtype", "class_names", "part_size", "num_images")
         range(0, manifest["num_images"] or 0, manifest["part_size"])  # fails unless they are numbers

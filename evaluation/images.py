@@ -5,6 +5,7 @@ Images stay encoded until somebody needs pixels, and then `EncodedImage` is the 
 
 import hashlib
 import io
+import logging
 import pickle
 import struct
 import tarfile
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tarfile import ReadError
-from zipfile import BadZipFile
 
 import numpy as np
 from datasets import (
@@ -31,16 +31,24 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Array3D, ClassLabel, Value
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PillowImage
 
-from modeling_dino.command_line import printable
+from modeling_dino.command_line import check_files, one_line, printable
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 
 IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
+def _refuse_pickle(content: bytes) -> None:
+    raise pickle.UnpicklingError("a pickled member (.pth) of a tar could run code and is not read. Leave it out.")
+
+
+WebDataset.DECODERS["pth"] = _refuse_pickle  # the library's own unpickles what torch.load holds to be harmless
 
 
 def _split_folders(path: Path) -> dict[str, str]:
@@ -91,6 +99,8 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
             FILE_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming, **options
         )
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        for folder in (path, *(part for part in path.iterdir() if part.is_dir())):
+            check_files(folder)
         saved = load_from_disk(str(path))
         saved = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
         if streaming:
@@ -122,7 +132,7 @@ def _pickled_member(dataset_name: str) -> str:
     for file in [path] if path.is_file() else sorted(path.rglob("*.tar")):
         with tarfile.open(file) as tar:
             for member in tar:
-                if member.name.endswith((".pth", ".pt", ".pkl", ".pickle", ".pyd")):
+                if member.name.lower().endswith(".pth"):
                     return printable(member.name)
     return "a .pth file"
 
@@ -135,9 +145,37 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
+@contextmanager
+def _errors_named(dataset_name: str) -> Iterator[None]:
+    """Context manager in which what libraries raise for damaged data becomes a ValueError that names the data."""
+    logger = logging.getLogger("datasets.packaged_modules")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # of the same errors
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            yield
+    except (ImportError, *CONNECTION_ERRORS_TO_RETRY):  # an extra that is missing, the network
+        raise
+    except Exception as error:  # of pyarrow, fsspec, tarfile, or of fields that a saved data set's JSON lacks
+        if dataset_name in str(error) and isinstance(error, (ValueError, OSError)):
+            raise
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if isinstance(cause, pickle.UnpicklingError):
+            raise ValueError(
+                f"{dataset_name} holds pickled members, such as {_pickled_member(dataset_name)}, which could run code "
+                "and are not read. Leave them out of the tar."
+            ) from error
+        kind = "" if isinstance(cause, (ValueError, OSError, ReadError)) else f"{type(cause).__name__}: "
+        raise ValueError(f"{dataset_name} cannot be read: {kind}{one_line(cause)}") from error
+    finally:
+        logger.setLevel(level)
+
+
 def split_names(dataset_name: str, config_name: str | None = None, streaming: bool = False) -> list[str]:
     """The splits that a data set has, by the arguments of `load_images`."""
-    return list(_load(dataset_name, config_name, streaming))
+    with _errors_named(dataset_name):
+        return list(_load(dataset_name, config_name, streaming))
 
 
 def _find_image_column(features: Features, image_column: str | None) -> str:
@@ -202,22 +240,13 @@ def load_images(
     Raises:
         ValueError: whatever is missing; says what there is instead.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            splits = _load(dataset_name, config_name, streaming)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{dataset_name} holds pickled members, such as {_pickled_member(dataset_name)}, which could run code and "
-            "are not read. Leave them out of the tar."
-        ) from error
-    except (DatasetGenerationError, BadZipFile, ReadError) as error:
-        raise ValueError(f"{dataset_name} cannot be read: {error.__cause__ or error}") from error
-    if split not in splits:
-        raise ValueError(f"{dataset_name} has no split {split}; its splits are {', '.join(splits)}")
-    dataset = splits[split]
-    if dataset.features is None:
-        dataset = dataset._resolve_features()
+    with _errors_named(dataset_name):
+        splits = _load(dataset_name, config_name, streaming)
+        if split not in splits:
+            raise ValueError(f"{dataset_name} has no split {split}; its splits are {', '.join(splits)}")
+        dataset = splits[split]
+        if dataset.features is None:
+            dataset = dataset._resolve_features()
     try:
         image_column = _find_image_column(dataset.features, image_column)
         label_column = _find_label_column(dataset.features, label_column) if with_labels else None
@@ -277,6 +306,7 @@ class EncodedImage:
     Attributes:
         height, width: In pixels, upright.
         is_jpeg: Whether it can be decoded to fewer pixels.
+        decoder_bytes: What decoding takes for each pixel of the file, in bytes, beside the pixels that come out.
 
     Raises:
         BrokenImageError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
@@ -300,6 +330,12 @@ class EncodedImage:
         with self._named_errors():
             self._file = PillowImage.open(io.BytesIO(image_content(image)))
             self.is_jpeg = self._file.format == "JPEG"
+            is_other = not self.is_jpeg and self._file.mode != PILLOW_MODES[num_channels]
+            self.decoder_bytes = (  # measured: buffers of libwebp, coefficients of a progressive JPEG, another mode
+                8 * (self._file.format == "WEBP")
+                + 3 * bool(self._file.info.get("progressive"))
+                + is_other * (1 if len(self._file.getbands()) == 1 else 4)
+            )
             if self._file.mode[0] in "IF":
                 reason = f"has Pillow's mode {self._file.mode}, and not 8 bits a channel"
                 raise BrokenImageError(self.name, "not 8 bits", reason)

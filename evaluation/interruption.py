@@ -39,9 +39,11 @@ def is_launched() -> bool:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
     try:  # accelerate sets nothing where it starts one process
-        return b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
     except OSError:  # not on Linux
         return False
+    names = {word.rpartition(b"/")[2] for word in words}
+    return b"accelerate.commands.launch" in words or not names.isdisjoint({b"accelerate", b"accelerate-launch"})
 
 
 def _is_orphan() -> bool:
@@ -94,6 +96,8 @@ class Interruption:
         self._command, self._exit_code, self.remark = command, exit_code, remark
         if is_listening:
             return
+        if sys.platform == "win32":  # which has no such signals
+            return
         self._launcher = os.getppid() if is_launched() else None
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -141,41 +145,41 @@ class Interruption:
     def _tell(self, text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             begin = "\n" if os.isatty(2) else ""  # below a progress bar
+            line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
             with contextlib.suppress(OSError):
-                os.write(2, f"{begin}{self._command}: {text}\n".encode())
+                os.write(2, f"{begin}{self._command}: {line}\n".encode(errors="backslashreplace"))
 
     def _end(self, text: str, code: int) -> None:
         timer = threading.Timer(1, os._exit, (code,))  # a terminal that was stopped by Ctrl-S takes no line
         timer.daemon = True
         timer.start()
-        self._tell(text)
-        kill_children()
-        os._exit(code)
+        try:
+            self._tell(text)
+            kill_children()
+        finally:
+            os._exit(code)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Context manager within which the first signal is noted instead of ending the process.
 
-        After an error, signals are still noted: a launcher may send them because another process has failed, before
-        this one has said why. Outside the main thread, where Python hears no signals, none is noted.
+        After an error, or when the run has stopped, signals are still noted: a launcher may send them because another
+        process has ended, before this one has said why. Outside the main thread, where Python hears no signals, none
+        is noted.
         """
         previous = {}
         if self._command is None and threading.current_thread() is threading.main_thread():
-            self.name = None
-            previous = {number: signal.signal(number, self._note_in_main_thread) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            previous = {number: signal.signal(number, self._note_in_main_thread) for number in heard}
         self._is_deferring, self.is_failing = True, False
         try:
             yield
-        except Exception:
-            raise
-        except BaseException:
-            self._is_deferring = False
-            raise
-        else:
             self._is_deferring = False
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+            if self._command is None:
+                self.name = None  # it is not for whatever this program does next
 
     def _note_in_main_thread(self, number: int, _) -> None:
         name = signal.Signals(number).name
@@ -207,16 +211,21 @@ class Interruption:
 interruption = Interruption()  # of this process
 
 
-def end_with_parent() -> None:
+def end_with_parent(is_of_main_thread: bool) -> None:
     """Make a data loader's worker ignore signals, and end when its parent does.
 
     Signals go to all processes of a job, and the parent may still need the batches that are underway.
+
+    Args:
+        is_of_main_thread: Whether the parent's main thread started it; Linux tells it of the end of that thread.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
+    parent = multiprocessing.parent_process()
+    # a fork server is not the parent; where this says nothing, PyTorch's worker looks every few seconds
+    if sys.platform == "linux" and is_of_main_thread and os.getppid() == parent.pid:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+    if not parent.is_alive():
         os._exit(1)
 
 

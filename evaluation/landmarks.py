@@ -19,7 +19,7 @@ from PIL import Image as PillowImage
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from modeling_dino.command_line import Parser
+from modeling_dino.command_line import Parser, check_files
 
 from .arguments import add_extraction, add_model, add_output
 from .descriptors import describe_images, image_rows
@@ -141,6 +141,7 @@ def read_ground_truth(path: Path) -> dict[str, list]:
     Raises:
         ValueError: anything else.
     """
+    check_files(path)
     with open(path, "rb") as file:
         try:
             content = _PlainUnpickler(file, encoding="latin1").load()

@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from modeling_dino import DINOConfig, DINOModel  # which makes AutoModel know DINO
-from modeling_dino.command_line import one_line
+from modeling_dino.command_line import check_files, one_line
 from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_processor
 
 from .images import is_path
@@ -77,6 +77,7 @@ def load_model(
             than a stock ViT's pooler, which nothing uses.
     """
     kind, source = _kind_and_source(name)
+    check_files(Path(source))
     with _named_errors(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         channels = num_channels(config)

@@ -7,6 +7,7 @@ A command replaces its own files alone. It recognizes them by what they say of t
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -106,10 +107,9 @@ def filling(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
-    """Context manager that gives an empty folder beside `path`, always the same one, and removes it at the end."""
-    folder = path.with_name(f".{path.name[:50]}.incomplete")
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
-    folder.mkdir(parents=True)
+    """Context manager that gives an empty folder beside `path`, and removes it at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(".incomplete", f".{path.name[:50]}.", path.parent))
     try:
         yield folder
     finally:

@@ -58,7 +58,7 @@ def of_all_processes(compute: Callable[[], T], what: str) -> list[T]:
 def is_lost_process(error: Exception) -> bool:
     """Return whether this is the error that one process gets when another has died."""
     # gloo has none of its own
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 @contextmanager

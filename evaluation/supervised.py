@@ -254,19 +254,21 @@ def check_run_folder(args: Namespace) -> None:
 
 
 def discard_other_run(folder: Path, settings: dict) -> None:
-    """Delete a checkpoint that is damaged or of other settings, which the run could not resume from."""
+    """Set a checkpoint aside that is damaged or of other settings, which the run could not resume from."""
     processes = PartialState()
     if processes.is_main_process:
         try:
             load_checkpoint(folder, settings)
         except ValueError:
-            (folder / CHECKPOINT).unlink()
+            (folder / CHECKPOINT).replace(folder / f"{CHECKPOINT}.replaced")
     processes.wait_for_everyone()
 
 
 def _read_checkpoint(path: Path, mmap: bool = False) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # of pickle, zipfile or PyTorch, whatever the file is
         raise ValueError(
             f"{path} is damaged, or is not a checkpoint. Delete it and run the command again, or choose another "

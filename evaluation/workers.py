@@ -1,23 +1,26 @@
 """A data loader whose workers never outlive what uses them, and whose losses are errors that say what happened."""
 
+import atexit
 import gc
-import multiprocessing
+import multiprocessing.util  # noqa: F401
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch.utils.data import DataLoader
 
 from .interruption import end_with_parent
 
 
+MAX_WORKERS = 1024  # of one process; more would only exhaust the machine
 _HINTS = {
     "SIGKILL": ", as when memory runs out; lower --num_workers",
     "SIGBUS": ": a data file was cut while it was read, or shared memory (/dev/shm) is full",
 }
-_abandoned: list[Iterator] = []  # whose end would wait for locks that a killed worker may hold
+_workers: set = set()  # of all loaders that have not come to their end
 
 
 class Loader(DataLoader):
@@ -28,19 +31,25 @@ class Loader(DataLoader):
     persistent ones remain until the loader goes. When the process ends, by whatever cause, they end.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, worker_init_fn=_prepare_worker, **kwargs)
+    def __init__(self, *args, num_workers: int = 0, **kwargs):
+        if not 0 <= num_workers <= MAX_WORKERS:
+            raise ValueError(f"num_workers must be between 0 and {MAX_WORKERS}, got {num_workers}")
+        super().__init__(*args, num_workers=num_workers, **kwargs)
 
     def __iter__(self) -> Iterator:
-        before = set(multiprocessing.active_children())
+        is_of_main_thread = threading.current_thread() is threading.main_thread()
+        self.worker_init_fn = partial(_prepare_worker, is_of_main_thread)
         with _sigchld_kept():
             batches = super().__iter__()
-        workers = set(multiprocessing.active_children()) - before
+        workers = getattr(batches, "_workers", [])  # of an earlier epoch too, where they persist
+        _workers.update(workers)
         try:
             while True:
                 try:
                     batch = next(batches)
                 except StopIteration:
+                    if not self.persistent_workers:
+                        _workers.difference_update(workers)
                     return
                 except Exception as error:
                     if lost := _explain_lost(workers):
@@ -49,14 +58,30 @@ class Loader(DataLoader):
                 yield batch
         except BaseException as error:
             if not (self.persistent_workers and isinstance(error, GeneratorExit)):
-                for worker in workers:
-                    worker.kill()
-                _abandoned.append(batches)
+                _kill(batches)
             raise
 
 
-def _prepare_worker(_: int) -> None:
-    end_with_parent()
+def _kill(batches: Iterator) -> None:
+    """End an iterator's workers without PyTorch's farewell, which waits for locks that a killed worker may hold."""
+    workers = getattr(batches, "_workers", [])
+    for worker in workers:
+        worker.kill()
+    if workers:
+        _workers.difference_update(workers)
+        batches._shutdown = True
+        if getattr(batches, "_pin_memory", False):
+            batches._pin_memory_thread_done_event.set()
+
+
+@atexit.register  # before that of multiprocessing, which would wait for workers that ignore its signal
+def _kill_all() -> None:
+    for worker in _workers:
+        worker.kill()
+
+
+def _prepare_worker(is_of_main_thread: bool, _: int) -> None:
+    end_with_parent(is_of_main_thread)
     sys.excepthook = _except_lost_parent
     # the memory of all that has been imported stays shared with the parent; a garbage collection would copy it
     gc.freeze()

@@ -5,8 +5,10 @@ import contextlib
 import difflib
 import multiprocessing
 import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -15,10 +17,12 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+LARGEST = 2**63  # integers from here on overflow in libraries, each in its own way
 
 
 class OneLineErrors:
-    """Makes an `ArgumentParser` answer in one line, and name the nearest flag to one that it does not know."""
+    """Makes an `ArgumentParser` answer in one line, name the nearest flag to one that it does not know, and refuse
+    integers that no library takes."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
@@ -28,7 +32,12 @@ class OneLineErrors:
             for flag in (arg.split("=")[0] for arg in args or [] if arg.startswith("--")):
                 if flag not in self._option_string_actions:
                     self.error(f"there is no option {flag}" + nearest(flag, self._option_string_actions))
-        return super().parse_known_args(args, namespace)
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and abs(number) >= LARGEST:
+                    self.error(f"argument --{name}: must be below 2**63, got {number}")
+        return namespace, rest
 
 
 class Parser(OneLineErrors, argparse.ArgumentParser):
@@ -50,6 +59,17 @@ def find_config(name: str, folder: Path, suffix: str) -> Path:
             return candidate
     available = sorted(path.stem for path in folder.glob(f"*{suffix}"))
     raise ValueError(f"there is no file {name}; those that come with the package are {', '.join(available)}")
+
+
+def check_files(path: Path) -> None:
+    """Check that a path, and what lies in it if it is a folder, can be read to an end.
+
+    Raises:
+        ValueError: a pipe, socket or device, which a reader may wait for forever.
+    """
+    for file in (path, *(path.iterdir() if path.is_dir() else ())):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ValueError(f"{file} must be a file, got a pipe or device. Replace or remove it.")
 
 
 def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
@@ -77,13 +97,18 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
             raise
         name = type(error).__name__
         what = one_line(error)
+        if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", what):
+            _write_line(f"{prog}: error: out of memory ({what}). Lower the batch size or the size of images.")
+            sys.exit(2)
         _write_line(f"{prog}: error: {name}" + f": {what}" * (what != name) + " (--debug shows where)")
         sys.exit(1)
 
 
 def run_process(prog: str, main: Callable[[list[str]], None]) -> None:
     """`run` as all that this process does. Its end waits for no worker, thread or library, and so cannot hang."""
-    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    # either may have been closed by who started this
+    sys.stdout, sys.stderr = (_Unbreakable(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
+    warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {printable(str(message))}\n"  # no code
     code = 0
     try:
         run(prog, main)
@@ -131,7 +156,11 @@ def _write_line(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with all that a terminal would obey, or cannot show, written as escapes; `\\n` for a line break."""
+    """The text with all that a terminal would obey, or cannot show, written as escapes; `\\n` for a line break.
+
+    Words that are longer than any name, 1000 characters and more, are abbreviated.
+    """
+    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:200]}...{word[0][-200:]}", text)  # no name, but a mistake
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

@@ -8,22 +8,24 @@ there and back again is byte-equal, but that half precision becomes single.
 
 import argparse
 import json
-import pickle
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ViTConfig
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint_names import State, join, original_names, split, stock_vit_names
-from .command_line import Parser, run_process
+from .command_line import Parser, check_files, one_line, run_process
 from .configuration_dino import DINOConfig
 from .export_onnx import save_as_onnx
 from .image_processing_dino import make_image_processor
@@ -54,18 +56,48 @@ def read_pickle(path: Path) -> object:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # says nothing that the error does not
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # pickle.UnpicklingError, and whatever else damaged bytes lead to
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise ValueError(f"{path} is refused: reading it would call {found[1]}, and so run code") from error
         raise ValueError(f"{path} is no file of PyTorch's, or none that can be read without running code") from error
 
 
+@contextmanager
+def _damage_named(source: str) -> Iterator[None]:
+    """Context manager in which errors of fields and tensors of another kind than expected name the source."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, StrictDataclassError,
+            TypeError) as error:  # fmt: skip
+        raise ValueError(
+            f"{source} is damaged, or not a network of DINO ({type(error).__name__}: {one_line(error)}). Copy or "
+            "download it again."
+        ) from error
+
+
 def read_safetensors(path: Path) -> State:
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
+
+
+def _check_state(path: Path, state: object) -> None:
+    """Raise a ValueError unless a state dict maps names to tensors."""
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} must hold names and tensors, got {_kind(state)}. Save the network's state_dict.")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"{path} must hold names and tensors, got {_kind(tensor)} for {name}. Save the network's state_dict."
+            )
+
+
+def _kind(value: object) -> str:
+    return "nothing" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def _check_there(network: str, backbone: State, *needed: str) -> None:
@@ -192,12 +224,15 @@ def read_original(path: Path, key: str | None = None, num_attention_heads: int |
     if not {"student", "teacher"} & content.keys():
         if key is not None:
             raise ValueError(f"--key {key} is for training checkpoints, and {path} is a backbone")
+        _check_state(path, content)
         config, network = _read_network(content, num_attention_heads)
         return Source(config, {"backbone": network})
     wanted = ["student", "teacher"] if key is None else [key]
     if absent := [name for name in wanted if name not in content]:
         there = " and ".join(name for name in ("student", "teacher") if name in content)
         raise ValueError(f"{path} has no {absent[0]}, but a {there}: give --key {there}")
+    for name in wanted:
+        _check_state(path, content[name])
     if key is not None:
         state = {name.removeprefix("module."): tensor for name, tensor in content[key].items()}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -272,6 +307,8 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
         ValueError: nothing there, or nothing that is DINO's.
     """
     path = Path(source).expanduser()
+    for part in (path, path / "student", path / "teacher"):
+        check_files(part)
     if path.is_file():
         return read_original(path, key, num_attention_heads)
     if not path.is_dir():
@@ -286,8 +323,10 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
         raise ValueError(f"{source} is no model: there is no config.json in it")
     try:
         config = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or UTF-8
         raise ValueError(f"{path / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'} must be a JSON object, got a {type(config).__name__}")
     if config.get("model_type") == "vit":
         return _read_vit(path, config)
     if config.get("model_type") == "dino":
@@ -326,14 +365,16 @@ def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_pa
     Unless it is said how it was made, its width tells: of as many last blocks, or, on ViT-B, of one block and the mean
     of its patches, as in the released ones.
     """
+    check_files(path)
     content = read_pickle(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no linear classifier of the original: it has no state_dict")
+    _check_state(path, content["state_dict"])
     state = {
         name.removeprefix("module.").replace("linear.", "classifier."): tensor
         for name, tensor in content["state_dict"].items()
     }
-    if state.keys() != {"classifier.weight", "classifier.bias"}:
+    if state.keys() != {"classifier.weight", "classifier.bias"} or state["classifier.weight"].ndim != 2:
         raise ValueError(f"{path} is no linear classifier of the original: it has {', '.join(content['state_dict'])}")
     config, backbone = source.config, _only_backbone(source.networks["backbone"])
     source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
@@ -470,14 +511,19 @@ def convert(
         raise ValueError(f"{output} is there already; give another {'file' if to_file else 'folder'} to write")
     if dynamic_image_size and to != "onnx":
         raise ValueError("--dynamic_image_size is for --to onnx; all others take any image size")
-    read_source = read(source, key, num_attention_heads)
+    with _damage_named(source):
+        read_source = read(source, key, num_attention_heads)
     if linear is not None:
         if "backbone" not in read_source.networks:
             raise ValueError("--linear needs a backbone: give --key teacher")
-        add_linear(read_source, Path(linear).expanduser(), n_last_blocks, avgpool_patchtokens)
+        with _damage_named(linear):
+            add_linear(read_source, Path(linear).expanduser(), n_last_blocks, avgpool_patchtokens)
     if to in ("vit", "onnx") and "backbone" not in read_source.networks:
         raise ValueError(f"--to {to} needs a backbone: give --key teacher")
-    models = {name: build(read_source.config, state, allow_partial) for name, state in read_source.networks.items()}
+    with _damage_named(source):
+        models = {
+            name: build(read_source.config, state, allow_partial) for name, state in read_source.networks.items()
+        }
     kept = (DINOModel, DINOForImageClassification) if to == "onnx" else DINOModel
     if to != "dino" and "backbone" in models and not isinstance(models["backbone"], kept):
         print(f"of {type(models['backbone']).__name__}, the backbone is converted; the rest has no place in --to {to}")

@@ -122,11 +122,12 @@ class Background:
 
     Args:
         folder: Where its streams are written.
+        environment: Variables beside those of this process.
     """
 
-    def __init__(self, *argv, folder: Path, module="training"):
+    def __init__(self, *argv, folder: Path, module="training", **environment: str):
         self.streams = folder / "stdout", folder / "stderr"
-        self.pid = forked.start(str(module), list(map(str, argv)), self.streams, [{}], is_background=True)
+        self.pid = forked.start(str(module), list(map(str, argv)), self.streams, [environment], is_background=True)
         self.code = None
 
     def poll(self, seconds: float = 0.02) -> int | None:

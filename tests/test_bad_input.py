@@ -1,19 +1,24 @@
 """Every mistake: one line on stderr that says what was given and what is allowed, and exit code 2."""
 
 import io
+import json
 import os
 import pickle
 import shutil
 import tarfile
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
+from datasets import Image as ImageColumn
 from PIL import Image
 from safetensors.torch import save_file
 
 from evaluation.__main__ import evaluate_from_command_line
 from modeling_dino import DINOConfig, DINOModel
 from modeling_dino.command_line import run
+from modeling_dino.convert_dino_checkpoint import convert_from_command_line
 from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
 from training.networks import load_config
@@ -62,6 +67,10 @@ def out(tmp_path):
             "num_train_epochs must be at least 1, got 0",
         ),
         (["--output_dir", "x"], "dataset_name is missing; give --dataset_name"),
+        (["--max_steps", "9" * 19], "argument --max_steps: must be below 2**63, got 999999"),
+        (["--seed", "x" * 5000], f"argument --seed: invalid int value: '{'x' * 199}...xxx"),
+        (["--dataset_name", "x", "--output_dir", "y", "--num_workers", "9999"], "num_workers must be at most 1024"),
+        (["--dataset_name", "x", "--output_dir", "y", "--eval_crop_pct", "0.01"], "must be between 0.1 and 1, got"),
     ],
 )
 def test_flags(argv, message, capsys):
@@ -84,6 +93,11 @@ def test_flags(argv, message, capsys):
         ({"config_overrides": {"hidden_act": "foo"}}, "hidden_act must be one of "),
         ({"config_overrides": {"mlp_ratio": 0}}, "mlp_ratio must be above 0, got 0"),
         ({"config_overrides": ["out_dim=[1"]}, "Field 'out_dim' expected int, got str"),
+        (
+            {"config_overrides": {"num_hidden_layers": 10**9}},
+            "num_hidden_layers must be at most 10000, got 1000000000",
+        ),
+        ({"config_overrides": {"head_num_layers": 10**9}}, "head_num_layers must be at most 10000, got 1000000000"),
         ({"config_overrides": ["out_dim"]}, "config_overrides must be written as field=value, got out_dim"),
         ({"local_crop_size": 12}, "local_crop_size must be a multiple of the patch size 16, got 12"),
         (
@@ -199,6 +213,35 @@ def test_data(recipe, flat_folder, tmp_path, out, capsys):
     assert "--eval_steps needs labels" in ask(flat_folder, "--eval_steps", "1", "--eval_split", "train")
 
 
+def test_damaged_data_is_named(recipe, flat_folder, tmp_path, out, capsys):
+    Dataset.from_dict({"image": [str(flat_folder / "0.png")] * 8}).cast_column("image", ImageColumn()).save_to_disk(
+        tmp_path / "saved"
+    )
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    for name, reason in (("_fingerprint", "KeyError: '_fingerprint'"), ("_data_files", "KeyError: '_data_files'")):
+        rest = {key: value for key, value in state.items() if key != name}
+        (tmp_path / "saved/state.json").write_text(json.dumps(rest))
+        argv = (*recipe(), "--dataset_name", tmp_path / "saved", *out)
+        assert f"{tmp_path / 'saved'} cannot be read: {reason}" in answer(train_from_command_line, argv, capsys)
+    argv = (*recipe(), "--dataset_name", tmp_path / "cut.parquet", *out)
+    assert f"{tmp_path / 'cut.parquet'} cannot be read: " in answer(train_from_command_line, argv, capsys)
+
+
+@pytest.mark.parametrize("content", [{}, {"cls_token": 1}, {"student": [1], "teacher": {}}, {1: torch.zeros(2)}])
+def test_checkpoint_without_tensors_is_named(content, tmp_path, capsys):
+    torch.save(content, tmp_path / "checkpoint.pth")
+    message = answer(convert_from_command_line, (tmp_path / "checkpoint.pth", tmp_path / "out"), capsys)
+    assert f"{tmp_path / 'checkpoint.pth'} must hold names and tensors, got " in message
+
+
+def test_want_of_memory_is_no_surprise(capsys):
+    def take(argv):
+        raise MemoryError("Unable to allocate 8 TiB")
+
+    assert "out of memory (Unable to allocate 8 TiB). Lower the batch size" in answer(take, (), capsys)
+
+
 def test_evaluation(parquet_folder, flat_folder, tmp_path, capsys):
     def ask(*argv):
         return answer(evaluate_from_command_line, argv, capsys)
@@ -289,11 +332,25 @@ def test_weights_to_start_from_that_are_damaged_are_named(recipe, parquet_folder
     assert str(tmp_path / "weights") in finished.stderr and "again" in finished.stderr
 
 
-def test_size_that_no_memory_holds_is_said(recipe, parquet_folder, out):
-    finished = command(
-        *recipe(), "--dataset_name", parquet_folder, *out, "--config_overrides", "hidden_size=1000000000"
-    )
-    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+@pytest.mark.parametrize("content", [b"garbage", pickle.dumps({"a": 1}), pickle.dumps(os.getcwd)])
+def test_pickled_weights_that_are_damaged_are_named(recipe, parquet_folder, out, tmp_path, content):
+    DINOModel(DINOConfig(**RECIPE["config_overrides"])).save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/model.safetensors").unlink()
+    (tmp_path / "weights/pytorch_model.bin").write_bytes(content)
+    finished = command(*recipe(), "--dataset_name", parquet_folder, *out, "--init_from", tmp_path / "weights")
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
+    assert f"{tmp_path / 'weights/pytorch_model.bin'} is not a PyTorch file of weights" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["hidden_size=1000000000", "hidden_size=100000", "out_dim=10000000000",
+     "head_hidden_dim=1000000", "mlp_ratio=1e400", "hidden_size=1" + "0" * 400, "image_size=1600000000"],
+)  # fmt: skip
+def test_size_that_no_memory_holds_is_said(recipe, parquet_folder, out, override):
+    """Also where each matrix of the network would fit, and only all of them do not."""
+    finished = command(*recipe(), "--dataset_name", parquet_folder, *out, "--config_overrides", override)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
     assert "ask for more memory than there is" in finished.stderr
 
 
@@ -308,15 +365,24 @@ def test_large_images_are_warned_of_before_the_first_step(recipe, tmp_path, out)
     assert "lower --num_workers" in finished.stderr
 
 
-def test_tar_that_holds_a_pickle_is_refused_by_its_name(recipe, tmp_path, out):
+@pytest.mark.parametrize(("first", "streaming"), [(0, False), (0, True), (6, False), (6, True)])
+def test_tar_that_holds_a_pickle_is_refused(recipe, tmp_path, out, first, streaming):
+    """Also one that only later samples have, or that torch.load would read; a stream then does not name it."""
+    pickled = io.BytesIO()
+    torch.save({"a": torch.zeros(1)}, pickled)
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for i in range(8):
             image = io.BytesIO()
             Image.new("RGB", (24, 24)).save(image, "PNG")
-            for name, content in ((f"{i}.png", image.getvalue()), (f"{i}.pth", pickle.dumps({"a": 1}))):
+            members = {f"{i}.png": image.getvalue()} | ({f"{i}.pth": pickled.getvalue()} if i >= first else {})
+            for name, content in members.items():
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    finished = command(*recipe(), "--dataset_name", tmp_path / "shard.tar", *out)
+    flags = ("--streaming", "--num_examples", 8) if streaming else ()
+    finished = command(*recipe(), "--dataset_name", tmp_path / "shard.tar", *out, *flags)
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
-    assert "shard.tar" in finished.stderr and ".pth" in finished.stderr
+    is_late = streaming and first
+    assert ("a pickled member (.pth)" if is_late else f"shard.tar holds pickled members, such as {first}.pth") in (
+        finished.stderr
+    )

@@ -1,11 +1,16 @@
-"""Forty bad inputs: see `fuzz.py`."""
+"""Bad inputs for all five commands, some of those that `fuzz.py` draws."""
 
-import os
-import subprocess
-import sys
+from .fuzz import COMMANDS, Fuzz, explain
 
 
-def test_bad_inputs_are_answered_in_one_line():
-    line = [sys.executable, "-m", "tests.fuzz", "--tries", "40", "--seed", "3"]
-    finished = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+SEED = 0
+TRIES = 25
+
+
+def test_bad_inputs_give_one_line_and_exit_code_two(tmp_path):
+    fuzz = Fuzz(tmp_path)
+    results = [fuzz.attempt(number, SEED) for number in range(TRIES)]
+    assert {result["command"] for result in results} == {f"dino-{name}" for name in COMMANDS}
+    bad = [explain(result, SEED) for result in results if result["wrong"] or result["code"] == 1]
+    assert not bad, "\n".join(bad)
+    assert sum(result["code"] == 2 for result in results) > TRIES / 2

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -277,3 +278,69 @@ def test_full_disk_ends_the_run_with_what_is_safe(recipe, parquet_folder, small_
     [line] = [line for line in running.stderr.splitlines() if "train.log cannot be written" not in line]
     assert "No space left on device" in line or "no space left on the device: it needs" in line
     assert str(small_disk) in line and "is the last checkpoint before" in line
+
+
+LIBRARY = """
+import sys, yaml
+from training import TrainingArguments, train
+module = sys.modules["training.train"]
+def fail(*_):
+    raise ValueError("late")
+module.describe_start = fail
+settings = yaml.safe_load(open({recipe!r}))
+settings["config_overrides"] = [f"{{name}}={{value}}" for name, value in settings["config_overrides"].items()]
+settings["num_workers"] = 2
+train(TrainingArguments(dataset_name={data!r}, output_dir={output!r}, **settings))
+"""
+
+
+def test_program_that_fails_with_workers_ends(recipe, parquet_folder, tmp_path):  # noqa: F811
+    script = LIBRARY.format(recipe=recipe, data=str(parquet_folder), output=str(tmp_path / "run"))
+    (tmp_path / "script.py").write_text(script)
+    running = Background(module=tmp_path / "script.py", folder=tmp_path)
+    assert running.poll(60) == 1 and "ValueError: late" in running.stderr
+
+
+PERSISTENT = """
+import multiprocessing
+from evaluation.workers import Loader
+loader = Loader(list(range(400)), batch_size=2, num_workers=2, persistent_workers=True)
+list(loader)
+try:
+    for number, _ in enumerate(loader):
+        if number == 3:
+            multiprocessing.active_children()[0].kill()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_worker_that_is_killed_in_a_later_epoch_is_explained(tmp_path):
+    (tmp_path / "script.py").write_text(PERSISTENT)
+    running = Background(module=tmp_path / "script.py", folder=tmp_path)
+    assert running.poll(60) == 0, running.stderr
+    assert "was killed by SIGKILL, as when memory runs out" in running.stdout
+
+
+def test_closed_standard_streams_do_not_end_a_command(flat_folder, tmp_path):
+    line = f"exec {sys.executable} -m training.check {flat_folder} 1>&- 2>&-"
+    assert subprocess.run(["sh", "-c", line], timeout=120).returncode == 0
+
+
+PROGRAM = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("mine")
+"""
+
+
+def test_another_program_that_imports_the_package_keeps_its_signals(tmp_path):
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program/__init__.py").write_text("import training\n")
+    (tmp_path / "program/__main__.py").write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}"}
+    line = [sys.executable, "-m", "program"]
+    ended = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "mine\n")

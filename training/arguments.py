@@ -12,6 +12,7 @@ import yaml
 from accelerate.utils import is_tensorboard_available
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from evaluation.workers import MAX_WORKERS
 from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, nearest
 
 from .augmentation import AugmentationArguments
@@ -203,7 +204,9 @@ class TrainingArguments(AugmentationArguments):
                      "koleo_weight"):  # fmt: skip
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:  # so that nan is none
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
-        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp", "eval_crop_pct"):
+        if self.num_workers > MAX_WORKERS:
+            raise ValueError(f"num_workers must be at most {MAX_WORKERS}, got {self.num_workers}")
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("momentum_teacher", "center_momentum"):
@@ -218,8 +221,8 @@ class TrainingArguments(AugmentationArguments):
             )
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"max_skipped_fraction must be between 0 and 1, got {self.max_skipped_fraction}")
-        if self.eval_crop_pct > 1:
-            raise ValueError(f"eval_crop_pct must be at most 1, got {self.eval_crop_pct}")
+        if not 0.1 <= self.eval_crop_pct <= 1:  # of which images are resized to 10 times the network's size
+            raise ValueError(f"eval_crop_pct must be between 0.1 and 1, got {self.eval_crop_pct}")
 
 
 class _TrainingParser(OneLineErrors, HfArgumentParser):
@@ -230,7 +233,7 @@ def _yaml_flags(path: Path) -> list[str]:
     """A recipe as flags, so that one parser checks both."""
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must map names of settings to values, got a {type(recipe).__name__}")

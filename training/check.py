@@ -7,7 +7,7 @@ from tqdm import tqdm
 from evaluation.images import BrokenImageError, decode_image, load_images
 from evaluation.interruption import interruption
 from evaluation.workers import Loader
-from modeling_dino.command_line import Parser, run_process
+from modeling_dino.command_line import Parser, printable, run_process
 
 
 class _Decoded:
@@ -62,7 +62,7 @@ def check_from_command_line(argv: list[str]) -> None:
     options.pop("debug")
     sizes, faults = check(**options)
     for _, reason in faults:
-        print(reason)
+        print(printable(reason))
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(kind for kind, _ in faults).most_common())
     print(
         f"{len(sizes) + len(faults)} images, {len(faults)} of them would be skipped" + (f": {kinds}" if kinds else "")

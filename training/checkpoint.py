@@ -26,13 +26,15 @@ from transformers import PreTrainedConfig
 from evaluation.images import is_path
 from evaluation.models import load_weights
 from modeling_dino import DINOConfig, DINOForPreTraining
-from modeling_dino.command_line import one_line
+from modeling_dino.command_line import check_files, one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
+from modeling_dino.convert_dino_checkpoint import read_pickle
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
 from .data_identity import explain_change
 from .failure import RunError
+from .networks import check_depth
 from .sharding import cut_up_like_, gathered, whole_network
 from .state import TrainingState, random_state
 
@@ -133,6 +135,7 @@ def is_checkpoint(folder: Path) -> bool:
     if folder.is_symlink():
         return False
     try:
+        check_files(folder)
         if {"step", "arguments", "files"} <= json.loads((folder / "manifest.json").read_text()).keys():
             return True
     except (OSError, ValueError, AttributeError):  # it is damaged
@@ -214,9 +217,12 @@ def sha256_of(path: Path) -> str:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None for one that is as it was written."""
     try:
+        check_files(folder)
         manifest = json.loads((folder / "manifest.json").read_text())
         files = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in manifest["files"].items()}
         dict(manifest["arguments"]), manifest["step"], manifest["global_batch_size"], manifest["mixed_precision"]
+        files["state.pt"], dict(manifest.get("versions", {}))
+        [(part["num_images"], dict(part.get("files") or {})) for part in manifest.get("data", [])]
     except OSError as error:
         return f"its manifest.json cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -284,22 +290,21 @@ _ABOUT_THE_RUN = {
 
 
 def saved_arguments(folder: Path) -> dict:
-    """The settings of the run that a checkpoint is of."""
-    return json.loads((folder / "manifest.json").read_text())["arguments"]
+    """The settings of the run that a checkpoint is of. Those that its version lacked had their defaults."""
+    defaults = asdict(TrainingArguments(dataset_name="", output_dir=""))
+    return defaults | json.loads((folder / "manifest.json").read_text())["arguments"]
 
 
 def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size: int, data: list[dict]) -> None:
     """Find settings and data by which the run would not continue as it would have.
 
-    Settings that a checkpoint of an earlier version lacks had their defaults. Other versions of libraries, and another
-    number of threads, are warned of: the last bits may differ.
+    Other versions of libraries, and another number of threads, are warned of: the last bits may differ.
 
     Raises:
         ValueError: names what differs, unless it is in `args.allow_changed`; and another optimizer, in any case.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
-    defaults = asdict(TrainingArguments(dataset_name=args.dataset_name, output_dir=args.output_dir))
-    theirs, ours = (json.loads(json.dumps(each)) for each in (defaults | manifest["arguments"], asdict(args)))
+    theirs, ours = (json.loads(json.dumps(each)) for each in (saved_arguments(folder), asdict(args)))
     changes = {name: (theirs[name], value) for name, value in ours.items() if name not in _ABOUT_THE_RUN}
     changes["per_device_train_batch_size"] = (manifest["global_batch_size"], global_batch_size)
     changes["mixed_precision"] = (manifest["mixed_precision"], AcceleratorState().mixed_precision)
@@ -399,14 +404,21 @@ def load_initial_weights(
         raise ValueError(f"init_from: there is no folder {name}")
     if folder.is_file():
         raise ValueError(f"{name} is a file; make a folder of it with dino-convert")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"init_from must be a folder or Hub id, got {name}. Choose a folder of weights.")
     both = (folder / "student").is_dir() and (folder / "teacher").is_dir()
     for which, model in (("student", student), ("teacher", teacher)):
         source = folder / which if both else folder if folder.exists() else name
-        if PreTrainedConfig.get_config_dict(source)[0].get("model_type") != DINOConfig.model_type:
+        check_files(Path(source))
+        fields = PreTrainedConfig.get_config_dict(source)[0]
+        if fields.get("model_type") != DINOConfig.model_type:
             raise ValueError(f"{source} is no model of ours; dino-convert makes one of it, if it is DINO's")
+        check_depth(fields)
         ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE
         _check_same_network(source, DINOConfig.from_pretrained(source), model.config, ignored, without_head=True)
-        saved, info = load_weights(DINOForPreTraining, str(source))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # says nothing that the error does not
+            saved, info = load_weights(DINOForPreTraining, str(source))
         head = {key for key in saved.state_dict() if key.startswith("head.")}
         if info["missing_keys"] and set(info["missing_keys"]) != head:
             raise ValueError(f"{source} lacks weights, such as {min(info['missing_keys'])}")
@@ -415,7 +427,14 @@ def load_initial_weights(
             _check_same_network(source, saved.config, model.config, ignored)
         (model.dino if without_head else model).load_state_dict((saved.dino if without_head else saved).state_dict())
     if both and (folder / "state.pt").is_file():
-        center = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["center"]
+        state = read_pickle(folder / "state.pt")
+        center = state.get("center") if isinstance(state, dict) else None
+        expected = (1, student.config.out_dim)
+        if not isinstance(center, torch.Tensor) or center.shape != expected or not center.is_floating_point():
+            raise ValueError(
+                f"{folder / 'state.pt'} must hold a center of the shape {expected}, and does not. Copy or convert the "
+                "weights again."
+            )
     return not without_head, center
 
 
@@ -444,6 +463,14 @@ def _load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         group.update(own)
 
 
+def _read_parts(path: Path, *names: str) -> dict:
+    """Load a file of a checkpoint, and find what is not one, as of another program, in spite of its hash."""
+    parts = read_pickle(path)
+    if missing := [name for name in names if not isinstance(parts, dict) or name not in parts]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}. Resume from another checkpoint.")
+    return parts
+
+
 def load_progress(accelerator: Accelerator, folder: Path, state: TrainingState) -> tuple[int, dict]:
     """Puts all of a checkpoint but the networks' weights into `state`.
 
@@ -451,7 +478,7 @@ def load_progress(accelerator: Accelerator, folder: Path, state: TrainingState) 
         The steps done and the place in the data. With another number of processes, random states and sums of the
         signals are not those of the checkpoint, and a warning says so.
     """
-    shared = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    shared = _read_parts(folder / "state.pt", "step", "center", "optimizer", "scaler", "data", "num_processes")
     state.dino_loss.center.copy_(shared["center"])
     _load_moments(state.optimizer, shared["optimizer"])
     if accelerator.scaler is not None and shared["scaler"] is not None:
@@ -463,7 +490,7 @@ def load_progress(accelerator: Accelerator, folder: Path, state: TrainingState) 
             "from here on, and what was measured since the last line of metrics is lost"
         )
         return shared["step"], shared["data"]
-    rank = torch.load(folder / f"rank_{accelerator.process_index}.pt", weights_only=True)
+    rank = _read_parts(folder / f"rank_{accelerator.process_index}.pt", "random", "signals")
     torch.set_rng_state(rank["random"]["cpu"])
     if torch.cuda.is_available() and "cuda" in rank["random"]:
         torch.cuda.set_rng_state(rank["random"]["cuda"])

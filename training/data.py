@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from functools import partial
+from functools import cached_property, partial
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import NamedTuple
@@ -249,16 +249,20 @@ class CropLoader:
         self.num_images = None if None in self.lengths else sum(self.lengths)
         if not self.is_map_style:
             self.num_images = args.num_examples or self.num_images
-        process, batch_size = PartialState(), args.per_device_train_batch_size
         self.num_accumulated = num_accumulated
-        self.global_batch_size = batch_size * process.num_processes * num_accumulated
-        owners = np.arange(self.global_batch_size) // batch_size % process.num_processes
-        self.places = np.flatnonzero(owners == process.process_index)  # of this process, in a global batch
+        self.global_batch_size = args.per_device_train_batch_size * PartialState().num_processes * num_accumulated
         self.state = {"epoch": 0, "position": 0, "window": None}
         self.is_remote = not all(map(is_path, (args.dataset_name, *args.mix_with)))
         self.trouble = None  # what the network last failed with
         self.stopped = Event()  # when no more images are wanted
         self.waited = self.waited_for_stream = 0.0  # seconds, since there was advice on it
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Places of this process's images in a global batch. Computed late: only then is the batch known to fit."""
+        process = PartialState()
+        owners = np.arange(self.global_batch_size) // self.args.per_device_train_batch_size % process.num_processes
+        return np.flatnonzero(owners == process.process_index)
 
     def batches(
         self,

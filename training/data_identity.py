@@ -1,9 +1,11 @@
 """What a run was trained on, in a few numbers: a resume on other images is refused instead of going wrong quietly."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,10 +14,12 @@ from datasets import load_dataset_builder
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 
 from evaluation.images import FILE_BUILDERS, IMAGE_SUFFIXES, is_path, split_folder
+from modeling_dino.command_line import printable
 
 from .arguments import TrainingArguments
 
 
+MAX_LISTED = 1000  # files of a data set that are listed one by one, so that a change can name them
 COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -28,7 +32,8 @@ def identify_data(args: TrainingArguments, lengths: list[int | None]) -> list[di
 
     Returns:
         For each, its name, the number of images, and of local files their number and hashes of their names (below the
-        data set's folder), sizes and modification times (in seconds); of the Hub, the commit.
+        data set's folder), sizes and modification times (in seconds), and if there are few, a list; of the Hub, the
+        commit.
     """
     found = None
     if PartialState().is_main_process:
@@ -43,46 +48,68 @@ def identify_data(args: TrainingArguments, lengths: list[int | None]) -> list[di
 def explain_change(before: list[dict], now: list[dict]) -> str | None:
     """What has changed between two results of `identify_data`, in words; None if nothing has."""
     for old, new in zip(before, now):
-        if old["num_images"] != new["num_images"]:
-            return f"{new['name']} had {old['num_images']} images, and has {new['num_images']}"
+        example = _example(old.get("files") or {}, new.get("files") or {})
+        # a stream does not always know its number, and may learn it when another run has prepared the data
+        if None not in (old["num_images"], new["num_images"]) and old["num_images"] != new["num_images"]:
+            return f"{new['name']} had {old['num_images']} images, and has {new['num_images']}{example}"
         if old.get("commit") and new.get("commit") and old["commit"] != new["commit"]:
             return f"{new['name']} was at commit {old['commit']} of the Hub, and is at {new['commit']}"
         if old.get("names") != new.get("names"):
-            return f"files of {new['name']} have been added, removed or renamed"
+            return f"files of {new['name']} have been added, removed or renamed{example}"
         if old.get("sizes") != new.get("sizes") or old.get("times") != new.get("times"):
-            return f"files of {new['name']} have been replaced since: their sizes or modification times differ"
+            return (
+                f"files of {new['name']} have been replaced since: their sizes or modification times differ{example}"
+            )
     return None
+
+
+def _example(before: dict[str, str], now: dict[str, str]) -> str:
+    """How many of the listed files differ, and one of them, in parentheses; nothing if either list is missing."""
+    differing = sorted(name for name in before | now if before.get(name) != now.get(name))
+    if not (before and now and differing):
+        return ""
+    return f" (in {len(differing)} file{'s' * (len(differing) > 1)}, such as {printable(differing[0])})"
 
 
 def _files(name: str, split: str) -> dict:
     path = Path(name).expanduser()
-    files = [("", path.stat())] if path.is_file() else sorted(_walk(split_folder(path, split), ""))
+    files = [("", path.stat())] if path.is_file() else sorted(_data_files(split_folder(path, split)))
     described = {
         "names": [name for name, _ in files],
         "sizes": [status.st_size for _, status in files],
         "times": [int(status.st_mtime) for _, status in files],
     }
     hashes = {key: hashlib.sha256(repr(values).encode()).hexdigest()[:16] for key, values in described.items()}
-    return {"num_files": len(files)} | hashes
+    if len(files) > MAX_LISTED or path.is_file():
+        return {"num_files": len(files)} | hashes
+    listed = {name: f"{size} bytes, {time}" for name, size, time in zip(*described.values())}
+    return {"num_files": len(files)} | hashes | {"files": listed}
 
 
-def _walk(folder: Path, below: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Names and states of data files: images, and what holds or labels them; not what libraries keep beside."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "cache-", "tmp")):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry), f"{below}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in (*IMAGE_SUFFIXES, *FILE_BUILDERS, ".zip"):
-                yield f"{below}{entry.name}", entry.stat()
+def _data_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Names and states of the files that the datasets library would read, without what it caches beside them."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            is_cached = suffix == ".arrow" and name.startswith(("cache-", "tmp"))
+            if suffix in (*IMAGE_SUFFIXES, *FILE_BUILDERS, ".zip") and not name.startswith(".") and not is_cached:
+                with suppress(FileNotFoundError):  # a link to nothing
+                    file = os.path.join(place, name)
+                    yield os.path.relpath(file, folder), os.stat(file)
 
 
 def _commit(name: str, config_name: str | None) -> str | None:
-    """The commit at which a data set of the Hub is read; None if the Hub cannot be asked and only a cache is there."""
+    """The commit at which a data set of the Hub is read, or offline the cached one's; None if neither is known."""
+    logging.disable(logging.WARNING)  # the same as when the data was loaded
     try:
-        files = load_dataset_builder(name, config_name).config.data_files or {}
+        builder = load_dataset_builder(name, config_name)
     except (OSError, ValueError, *CONNECTION_ERRORS_TO_RETRY):
         return None
+    finally:
+        logging.disable(logging.NOTSET)
+    files = builder.config.data_files or {}
     commits = {found[1] for part in files.values() for address in part if (found := COMMIT.search(str(address)))}
+    if not commits and re.fullmatch(r"[0-9a-f]{40}", builder.hash or ""):
+        return builder.hash
     return ", ".join(sorted(commits)) or None

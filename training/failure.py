@@ -33,7 +33,8 @@ def rescued(save: Callable[[], None], kept: Callable[[], str]) -> Iterator[None]
     """
     try:
         yield
-    except RunError:
+    except RunError as error:
+        interruption.end_within(3 * PATIENCE, f"error: {error}", 2)  # it may have to be gathered from all processes
         raise
     except Exception as error:
         interruption.is_failing = True

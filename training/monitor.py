@@ -213,9 +213,22 @@ def peak_memory_mib() -> float:
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """The lines of a run's `metrics.jsonl`, but for a last one that a crash has cut short."""
-    file = output_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    """The lines of a run's `metrics.jsonl`, but for a last one that a crash has cut short.
+
+    Raises:
+        ValueError: a line that no run wrote.
+    """
+    file, metrics = output_dir / "metrics.jsonl", []
+    lines = file.read_text(errors="replace").split("\n")[:-1] if file.is_file() else []
+    for number, text in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(text))
+            is_whole = isinstance(metrics[-1], dict) and isinstance(metrics[-1].get("step"), int)
+        except ValueError:
+            is_whole = False
+        if not is_whole:
+            raise ValueError(f"{file} is damaged in line {number}, which is not a run's. Remove the line.")
+    return metrics
 
 
 def to_pictures(crops: torch.Tensor, args: AugmentationArguments) -> torch.Tensor:

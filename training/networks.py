@@ -12,6 +12,10 @@ from modeling_dino.command_line import CONFIGS, find_config, nearest, one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 
 from .arguments import TrainingArguments
+from .worker_memory import free_memory
+
+
+MAX_LAYERS = 10_000
 
 
 def load_config(args: TrainingArguments) -> DINOConfig:
@@ -23,7 +27,7 @@ def load_config(args: TrainingArguments) -> DINOConfig:
     path = find_config(args.model_config, CONFIGS / "models", ".json")
     try:
         fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must map names of the config's fields to values, got a {type(fields).__name__}")
@@ -45,6 +49,7 @@ def load_config(args: TrainingArguments) -> DINOConfig:
     for name in fields:
         if name not in allowed:
             raise ValueError(f"the model's config has no field {name}{nearest(name, allowed)}")
+    check_depth(fields)
     try:
         config = DINOConfig(**fields)
     except StrictDataclassError as error:
@@ -63,6 +68,13 @@ def load_config(args: TrainingArguments) -> DINOConfig:
                 f"got {getattr(args, name)}"
             )
     return config
+
+
+def check_depth(fields: dict) -> None:
+    """Find numbers of layers whose names alone, which `DINOConfig` makes, would exhaust the memory."""
+    for name in ("num_hidden_layers", "head_num_layers"):
+        if isinstance(fields.get(name), int) and fields[name] > MAX_LAYERS:
+            raise ValueError(f"{name} must be at most {MAX_LAYERS}, got {fields[name]}. Make the network smaller.")
 
 
 def check_backbone_config(fields: dict) -> None:
@@ -87,6 +99,12 @@ def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTrain
     """
     if config.backbone_config is None:
         try:
+            needed, free = 2 * _least_bytes(config), free_memory()
+            if needed > free:  # the kernel would kill the process
+                raise ValueError(
+                    "model_config and config_overrides ask for more memory than there is: student and teacher take "
+                    f"{needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free. Make the network smaller."
+                )
             return DINOForPreTraining(config)
         except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # sizes that no memory holds
             raise ValueError(
@@ -109,6 +127,14 @@ def make_student(config: DINOConfig, args: TrainingArguments) -> DINOForPreTrain
     for parameter, tried in zip(student.parameters(), trial.parameters(), strict=True):
         parameter.requires_grad_(tried.grad is not None)
     return student
+
+
+def _least_bytes(config: DINOConfig) -> float:
+    """Bytes of a Vision Transformer's and its head's large matrices in fp32; all else comes on top."""
+    hidden, head = config.hidden_size, config.head_hidden_dim
+    backbone = config.num_hidden_layers * (4 + 2 * config.mlp_ratio) * hidden**2
+    hidden_layers = max(config.head_num_layers - 2, 0) * head**2
+    return 4 * (backbone + hidden_layers + config.out_dim * config.head_bottleneck_dim)
 
 
 def make_teacher(student: DINOForPreTraining) -> DINOForPreTraining:

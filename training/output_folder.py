@@ -263,13 +263,15 @@ class OutputFolder:
             return False
         if name in self.published:
             return file.is_file() and sha256_of(file) in self.published[name]
-        return name in self.claimed
+        return name in self.claimed and (file.is_file() or file.is_dir())  # not a pipe, which waits for a writer
 
     def _read(self) -> dict:
         file = self.path / MANIFEST
         if not file.exists():
             return self._adopt()
         try:
+            if not file.is_file():  # such as a pipe, which waits for a writer
+                raise ValueError
             manifest = json.loads(file.read_text())
             if manifest["made_by"] != "dino-hf" or manifest.get("version", VERSION) != VERSION:
                 raise ValueError

@@ -31,6 +31,7 @@ class TrainingState:
     dino_loss: DINOLoss
     optimizer: torch.optim.Optimizer
     signals: Signals
+    has_batch_norms: bool = False
     random_of_all: list[dict] | None = None  # random states of all processes after the last whole step
     is_whole: bool = True  # False while a step is applied to student, center and teacher one after the other
 
@@ -72,6 +73,8 @@ def prepare_state(
         teacher_model = accelerator.prepare_model(teacher, evaluation_mode=True)
     dino_loss = DINOLoss(config.out_dim, args.student_temp, args.center_momentum, args.centering)
     signals = Signals(config.out_dim, accelerator.device, gradient_groups(student))
+    has_batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules())
     return TrainingState(
-        student, teacher, student_model, teacher_model, dino_loss.to(accelerator.device), optimizer, signals
-    )
+        student, teacher, student_model, teacher_model, dino_loss.to(accelerator.device), optimizer, signals,
+        has_batch_norms,
+    )  # fmt: skip

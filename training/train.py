@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +90,8 @@ def train_step(
     """One step, counted from 1, of one batch or of several whose gradients are accumulated.
 
     A step that fp16's scaler skips because gradients overflow moves neither student, center nor teacher; it counts,
-    so that schedules and data go on. An error before the optimizer's step leaves the state as the step before did.
+    so that schedules and data go on. An error before the optimizer's step leaves the state as the step before did,
+    unless networks have batch norms.
 
     Raises:
         NonFiniteError: on all processes, if the loss or a gradient of the step before was no number.
@@ -100,6 +101,7 @@ def train_step(
         group["lr"] = now.learning_rate * group["lr_scale"]
         group["weight_decay"] = now.weight_decay if group["is_decayed"] else 0.0
 
+    state.is_whole = not state.has_batch_norms  # which already change in the forward passes
     losses, measured, logits_sum, num_rows = [], [], 0, 0
     for number, batch in enumerate(batches, start=1):
         crops = finish_crops(batch, accelerator.device, args)
@@ -153,8 +155,8 @@ def train(args: TrainingArguments) -> Path:
     run_log = RunLog(accelerator.process_index, accelerator.num_processes)
     folder = OutputFolder(Path(args.output_dir))
     with run_log.listening(), tracked(accelerator), lost_process_explained("the log says how far it got"):
-        with closing(folder):
-            return _train(args, accelerator, run_log, folder)
+        with closing(folder), ExitStack() as at_end:
+            return _train(args, accelerator, run_log, folder, at_end)
 
 
 def choose_start(args: TrainingArguments, output_dir: Path, global_batch_size: int, data: list[dict]) -> Path | None:
@@ -182,7 +184,9 @@ def with_frozen_backbone(args: TrainingArguments, steps: int | None) -> Training
     return resolved
 
 
-def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, folder: OutputFolder) -> Path:
+def _train(
+    args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, folder: OutputFolder, at_end: ExitStack
+) -> Path:
     output_dir = folder.path
     folder.check(args)
     trackers = find_trackers(args.report_to)
@@ -245,6 +249,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
     batches = loader.batches(
         (num_steps - first_step) * num_accumulated, data_state, agreement, lambda: interruption.name is not None
     )
+    at_end.enter_context(closing(batches))
     if first_step < num_steps:  # else all that it lacks is to be published
         # images that cannot be read are found before another run is deleted
         step_batches = [next(batches) for _ in range(num_accumulated)]
@@ -306,6 +311,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
             "--resume_from_checkpoint latest goes on"
         )
         monitor.say(how)
+        interruption.end_within(20, "its end took too long, and all is saved", Interrupted.exit_code)
         raise Interrupted(how)
 
     saved_step, whole_step, data_state = first_step, first_step, loader.state_dict()
@@ -340,7 +346,7 @@ def _train(args: TrainingArguments, accelerator: Accelerator, run_log: RunLog, f
 
     last_whole_step_saved = rescued(rescue, kept)
     interruption.remark = f"; {last_checkpoint(output_dir)}"
-    with closing(monitor), closing(batches), interruption.deferred(), faults_explained, last_whole_step_saved:
+    with closing(monitor), interruption.deferred(), faults_explained, last_whole_step_saved:
         for step in range(first_step, num_steps):
             now = schedule(step)
             if step > first_step:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,6 @@ from .arguments import TrainingArguments
 
 
 NUM_IMAGES = 64  # whose headers are read, evenly spread over the data
-# Pillow's pixels, their copy in NumPy and the largest crop: 10.2 measured for a PNG of 13000 x 13000 and 3 channels
-BYTES_PER_PIXEL = 10
 LARGE = 2**30  # bytes that a worker may take without a warning
 
 logger = logging.getLogger(__name__)
@@ -48,18 +48,40 @@ def _size(image, args: TrainingArguments, num_channels: int) -> tuple[int, int, 
     except BrokenImageError:
         return None
     pixels = encoded.width * encoded.height
+    content = os.path.getsize(image["path"]) if image["bytes"] is None else len(image["bytes"])
+    content += pixels * encoded.decoder_bytes
     if encoded.is_jpeg:  # decoded as large as the smallest local crop needs it
         smallest = np.sqrt(args.local_crops_scale[0] if args.num_local_crops else args.global_crops_scale[0])
         size = args.local_crop_size if args.num_local_crops else args.global_crop_size
         spare = smallest * min(encoded.width, encoded.height) / size
         pixels //= max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(spare, 1)) ** 2
-    return encoded.width, encoded.height, pixels * BYTES_PER_PIXEL
+    # Pillow's pixels, their copy in NumPy, and the largest crop; measured for RGB: 10.2 bytes
+    return encoded.width, encoded.height, content + pixels * ((1 if num_channels == 1 else 4) + 2 * num_channels)
 
 
 def free_memory() -> int:
-    """Bytes that processes may still take: of the machine and, in a container, of its control group."""
+    """Bytes that processes may still take: of the machine and of all control groups, as of a container or Slurm."""
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":
-        free = min(free, int(bound) - int(used.read_text()))
+    for folder, limit, used, cached in _control_groups():
+        with suppress(OSError, ValueError):  # there is no such file, or its limit is "max"
+            bound = int((folder / limit).read_text())
+            kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # pages of files count as used, and give way
+            free = min(free, bound - int((folder / used).read_text()) + int(kept.get(cached, 0)))
     return max(free, 0)
+
+
+def _control_groups(
+    root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[Path, str, str, str]]:
+    """Folders of this process's groups, up to the root, and the names of limit, use and cached files in them."""
+    second = ("memory.max", "memory.current", "inactive_file")
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        base, names = (root, second) if not controllers else (root / "memory", first)
+        if not controllers or "memory" in controllers.split(","):
+            group = base / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(base):
+                    yield folder, *names
