@@ -107,7 +107,7 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
             return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
         return saved
     files = [file for file in path.rglob("*") if file.is_file()]
-    if odd := [file for file in files if not _is_utf8(str(file))]:
+    if odd := [file for file in files if not _is_utf8(str(file)) and _is_read(file.relative_to(path))]:
         raise ValueError(
             f"the names of {len(odd)} files in {dataset_name} are not UTF-8, such as {printable(str(odd[0]))}. The "
             "datasets library cannot read them. Rename them, as convmv does."
@@ -135,6 +135,12 @@ def _pickled_member(dataset_name: str) -> str:
                 if member.name.lower().endswith(".pth"):
                     return printable(member.name)
     return "a .pth file"
+
+
+def _is_read(file: Path) -> bool:
+    """Return whether the datasets library would read a file of a folder as data."""
+    is_hidden = any(part.startswith(".") for part in file.parts)
+    return file.suffix.lower() in (*IMAGE_SUFFIXES, *FILE_BUILDERS, ".zip") and not is_hidden
 
 
 def _is_utf8(name: str) -> bool:

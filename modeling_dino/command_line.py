@@ -169,6 +169,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = error.__cause__
     message = str(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # a name in a tar or on a disk
+        message = f"the name {error.object} is not UTF-8. Rename it."
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
     return printable(" ".join(message.split())) or type(error).__name__

@@ -301,6 +301,24 @@ def test_file_name_that_is_not_utf8_is_named(recipe, flat_folder, tmp_path, out)
     assert r"such as " + str(folder) + r"/gr\udcfcn\x1b[31m.png." in finished.stderr
 
 
+def test_odd_names_of_files_that_are_not_read_do_not_matter(flat_folder, tmp_path):
+    folder = shutil.copytree(flat_folder, tmp_path / "images")
+    (folder / ".hidden").mkdir()
+    for name in (b"gr\xfcn.txt", b".hidden/gr\xfcn.png"):
+        (folder / os.fsdecode(name)).write_text("mine")
+    assert "12 images, 0 of them would be skipped" in command(folder, module="training.check").stdout
+
+
+@pytest.mark.parametrize("flags", [(), ("--streaming", "--num_examples", 8)])
+def test_member_name_that_is_not_utf8_is_named(recipe, flat_folder, tmp_path, out, flags):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i in range(8):
+            tar.add(flat_folder / f"{i}.png", os.fsdecode(b"gr\xfcn.png") if i == 7 else f"{i}.png")
+    finished = command(*recipe(), "--dataset_name", tmp_path / "shard.tar", *out, *flags)
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
+    assert r"the name gr\udcfcn.png is not UTF-8. Rename it." in finished.stderr
+
+
 def test_names_that_a_terminal_would_obey_are_quoted(flat_folder, tmp_path):
     folder = shutil.copytree(flat_folder, tmp_path / "images")
     (folder / "bad\n\x1b[2J.png").write_text("no image")

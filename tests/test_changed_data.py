@@ -202,6 +202,8 @@ def test_manifest_with_wrong_values_is_damaged(tmp_path, key, value):
     assert find_damage(tmp_path) is None
     (tmp_path / "manifest.json").write_text(json.dumps(whole | {key: value}))
     assert "its manifest.json is not what was written" in find_damage(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100000)
+    assert "its manifest.json is not what was written" in find_damage(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"no file of PyTorch's", {"step": 3}])

@@ -225,7 +225,7 @@ def find_damage(folder: Path) -> str | None:
         [(part["num_images"], dict(part.get("files") or {})) for part in manifest.get("data", [])]
     except OSError as error:
         return f"its manifest.json cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its manifest.json is not what was written ({type(error).__name__})"
     for name, expected in files.items():
         path = folder / name

@@ -30,8 +30,9 @@ def warn_of_memory(dataset: Dataset, args: TrainingArguments, num_channels: int)
     if needed > LARGE or needed * num_workers > free / 2:
         logger.warning(
             "images of %d x %d pixels take about %.1f GiB in each of %d workers, %.1f GiB in all, and %.1f GiB are "
-            "free: lower --num_workers, or store the images smaller",
+            "free: %sstore the images smaller",
             *(width, height, needed / 2**30, num_workers, needed * num_workers / 2**30, free / 2**30),
+            "lower --num_workers, or " if args.num_workers > 1 else "",
         )
 
 
