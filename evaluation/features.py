@@ -205,11 +205,11 @@ def keep_features(
             `manifest.json`, whose `num_images` is there when all are.
         name: The model's, for the manifest.
         data: What is known of the data set beforehand, for the manifest.
-        overwrite: Whether to replace features of another model, data set, image processor or dtype.
+        overwrite: Whether to replace features of another model, dataset, image processor or dtype.
         Others: see `extract_features`.
 
     Raises:
-        ValueError: a stream, of which no part can be read alone; features of another model, data set, image processor
+        ValueError: a stream, of which no part can be read alone; features of another model, dataset, image processor
             or dtype in `folder`, or damaged ones.
     """
     if not isinstance(dataset, Dataset):

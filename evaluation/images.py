@@ -163,7 +163,7 @@ def _errors_named(dataset_name: str) -> Iterator[None]:
             yield
     except (ImportError, *CONNECTION_ERRORS_TO_RETRY):  # an extra that is missing, the network
         raise
-    except Exception as error:  # of pyarrow, fsspec, tarfile, or of fields that a saved data set's JSON lacks
+    except Exception as error:  # of pyarrow, fsspec, tarfile, or of fields that a saved dataset's JSON lacks
         if dataset_name in str(error) and isinstance(error, (ValueError, OSError)):
             raise
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error

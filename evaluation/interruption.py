@@ -145,6 +145,7 @@ class Interruption:
     def _tell(self, text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             begin = "\n" if os.isatty(2) else ""  # below a progress bar
+            # as `printable` does, whose package takes seconds to import
             line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
             with contextlib.suppress(OSError):
                 os.write(2, f"{begin}{self._command}: {line}\n".encode(errors="backslashreplace"))
@@ -187,7 +188,7 @@ class Interruption:
             raise KeyboardInterrupt
 
     def end_within(self, seconds: float, text: str, code: int) -> None:
-        """End the process with a line and an exit code, unless it ends by itself before; only that of a command."""
+        """End the process with a line and an exit code, unless it ends earlier; no-op outside of a command."""
         if self._command is not None:
             timer = threading.Timer(seconds, self._end, (text, code))
             timer.daemon = True

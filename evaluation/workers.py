@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import wait
 
 from torch.utils.data import DataLoader
 
@@ -106,10 +107,10 @@ def _sigchld_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _explain_lost(workers: set) -> str | None:
+def _explain_lost(workers: list) -> str | None:
     """Return how a worker has ended that should not have; None if all are there."""
+    wait([worker.sentinel for worker in workers], 0.2)  # for one that has just been killed
     for worker in workers:
-        worker.join(0.1)  # one that has just been killed
         if worker.exitcode is not None and worker.exitcode < 0:
             name = signal.Signals(-worker.exitcode).name
             return f"a data loader worker (process {worker.pid}) was killed by {name}{_HINTS.get(name, '')}"

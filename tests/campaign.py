@@ -31,6 +31,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from .test_training import RECIPE
+
 
 LIMIT = 30  # seconds until everything must be gone
 GRACE = 60  # seconds more that are waited, to tell slow from never
@@ -80,15 +82,9 @@ if point and os.environ.get("RANK", "0") == rank:
 main()
 """
 
-RECIPE = {
-    "model_config": "vit_tiny_patch16",
-    "config_overrides": {
-        "image_size": 16, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "out_dim": 32, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "drop_path_rate": 0.3,
-    },
-    "global_crop_size": 16, "local_crop_size": 8, "num_local_crops": 2, "num_workers": 2, "warmup_epochs": 0,
-    "num_train_epochs": 12, "logging_steps": 1, "save_steps": 7, "eval_steps": 20, "save_total_limit": 2,
-    "eval_crop_pct": 1.0, "base_learning_rate": 0.03, "report_to": "none",
+SETTINGS = RECIPE | {
+    "num_workers": 2, "num_train_epochs": 12, "save_steps": 7, "eval_steps": 20, "save_total_limit": 2,
+    "report_to": "none",
 }  # fmt: skip
 NUM_STEPS = 60
 
@@ -154,7 +150,7 @@ class Fork:
 
 
 class Campaign:
-    """Runs of one data set and recipe.
+    """Runs of one dataset and recipe.
 
     Args:
         folder: Where everything goes.
@@ -165,7 +161,7 @@ class Campaign:
     def __init__(self, folder: Path, dataset: Path, is_forked: bool = False):
         self.folder, self.is_forked = folder, is_forked
         self.argv = ["--config", str(folder / "recipe.yaml"), "--dataset_name", str(dataset)]
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS))
         self.whole: dict[int, tuple[Path, float]] = {}
 
     def start(self, output: Path, fault: Fault, *more: str) -> subprocess.Popen:
@@ -284,7 +280,7 @@ class Campaign:
         return problems
 
     def resumed(self, output: Path, fault: Fault, whole: Path) -> list[str]:
-        """Problems of the run that goes on where this one ended."""
+        """Return the problems of the run that resumes where this one ended."""
         again = Fault("none", "", processes=fault.processes)
         code = self.start(output, again, "--resume_from_checkpoint", "latest").wait(300)
         if code:

@@ -118,7 +118,7 @@ forked = _Forked()
 
 
 class Background:
-    """A command that goes on in the background, as a fork in a session of its own.
+    """A command in the background, as a fork in a separate session.
 
     Args:
         folder: Where its streams are written.

@@ -316,7 +316,7 @@ class Fuzz:
         self.flags |= {name: flags_of(evaluate_from_command_line, name) for name in (*PROTOCOLS, "suite")}
 
     def _make_data(self, rng: np.random.Generator) -> None:
-        """A data set in each format that the commands read."""
+        """A dataset in each format that the commands read."""
         here = self.valid
         for split, number in (("train", 10), ("test", 4)):
             for kind in "ab":

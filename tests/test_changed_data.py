@@ -1,4 +1,4 @@
-"""A run that resumes on other images, by another version or with other threads is told so."""
+"""Resumes on other images, by other versions and with other threads."""
 
 import hashlib
 import json
@@ -228,7 +228,7 @@ def test_manifest_that_lacks_a_key_is_damaged(begun, tmp_path, key):
 
 @pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_data_of_the_hub_is_identified_by_its_commit(recipe, parquet_folder, tmp_path, streaming):  # noqa: F811
-    """Also by a run that goes on from one which read its data, offline, from the cache."""
+    """Also by a run that resumes one which read its data, offline, from the cache."""
     files = {f"data/{path.name}": path.read_bytes() for path in parquet_folder.iterdir()}
     argv = ("--config", recipe, "--dataset_name", "tester/images", "--output_dir", tmp_path / "run")
     argv += ("--report_to", "none", "--resume_from_checkpoint", "latest", "--allow_changed", "max_steps")

@@ -57,6 +57,7 @@ def inputs(model, parquet_folder, flat_folder, tmp_path_factory):
     return {"model": model, "labelled": parquet_folder, "images": flat_folder, "inputs": folder}
 
 
+LINEAR = "linear --dataset_name {labelled} --epochs 1 --n_last_blocks 1 --output_dir {out}"
 # command, the place that it is given, and a file that it writes there
 COMMANDS = {
     "report": ("knn --dataset_name {labelled} --k 1 --output {out}/r.json", "r.json"),
@@ -77,15 +78,9 @@ COMMANDS = {
     "suite": ("suite --config {inputs}/suite.yaml --output_dir {out}", "table.md"),
     "suite csv": ("suite --config {inputs}/suite.yaml --output_dir {out}", "table.csv"),
     "suite png": ("suite --config {inputs}/suite.yaml --output_dir {out}", "table.png"),
-    "linear": (
-        "linear --dataset_name {labelled} --epochs 1 --n_last_blocks 1 --output_dir {out}",
-        "model.safetensors",
-    ),
+    "linear": (LINEAR, "model.safetensors"),
     "finetune": ("finetune --dataset_name {labelled} --epochs 1 --output_dir {out}", "config.json"),
-    "checkpoint": (
-        "linear --dataset_name {labelled} --epochs 1 --n_last_blocks 1 --output_dir {out}",
-        "checkpoint.pt",
-    ),
+    "checkpoint": (LINEAR, "checkpoint.pt"),
 }
 
 

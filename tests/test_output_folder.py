@@ -241,7 +241,7 @@ def test_output_within_the_data_set_is_refused(recipe, flat_folder, tmp_path, pl
     before = content(data)
     for flags in (("--dataset_name", data), ("--dataset_name", flat_folder, "--mix_with", data)):
         said = refusal("--config", recipe, *flags, "--output_dir", data / place)
-        assert "output_dir must lie outside the data set" in said and content(data) == before
+        assert "output_dir must lie outside the dataset" in said and content(data) == before
 
 
 def test_data_set_in_a_folder_of_the_run_is_refused(recipe, flat_folder, tmp_path):  # noqa: F811

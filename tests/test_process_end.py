@@ -226,7 +226,10 @@ def test_notebook_gets_a_keyboard_interrupt(recipe, parquet_folder, tmp_path):  
     script = NOTEBOOK.format(recipe=recipe, data=str(parquet_folder), output=str(tmp_path / "run"))
     finished = scripted(script, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert "KeyboardInterrupt: Stopped by SIGINT after step 1 of 10; the same command with" in finished.stdout
+    assert (
+        "KeyboardInterrupt: Stopped by SIGINT after step 1 of 10. To continue, run the same command with"
+        in finished.stdout
+    )
     assert (tmp_path / "run/checkpoints/step_0000001").is_dir()
 
 

@@ -7,9 +7,15 @@ import sys
 from evaluation.interruption import EXIT_CODE, interruption
 
 
-is_module = "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["training"]
-is_command = is_module or os.path.basename(sys.argv[0]) == "dino-train"
-if is_command and multiprocessing.parent_process() is None:  # the libraries take seconds to import
+def _is_command() -> bool:
+    """Return whether this process is `python -m training` or `dino-train`, and neither a worker nor other people's."""
+    words = sys.orig_argv
+    is_module = "-m" in words and words[words.index("-m") + 1 :][:1] == ["training"]
+    is_ours = is_module or os.path.basename(sys.argv[0]) == "dino-train"
+    return is_ours and multiprocessing.parent_process() is None
+
+
+if _is_command():  # the libraries take seconds to import
     interruption.listen("dino-train", EXIT_CODE, " before the first step")
 
 from .arguments import TrainingArguments  # noqa: E402

@@ -158,8 +158,8 @@ def remove_checkpoint(folder: Path) -> None:
         names += [f"{part}/{path.name}" for part in ("student", "teacher") for path in folder.glob(f"{part}/*")]
     for name in [*names, "manifest.json"]:
         path = folder / name
-        is_inside = folder.resolve() in path.parent.resolve().parents or folder.resolve() == path.parent.resolve()
-        if is_inside and not path.is_dir():  # else a folder has become a link, or a file a folder
+        is_inside = path.parent.resolve().is_relative_to(folder.resolve())  # else a folder has become a link
+        if is_inside and not path.is_dir():
             path.unlink(missing_ok=True)
     for part in (folder / "student", folder / "teacher", folder):
         with suppress(OSError):  # not empty, or a link
@@ -173,8 +173,9 @@ def _size(content) -> int:
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(content, torch.Tensor):
         return content.nbytes
-    content = content.values() if isinstance(content, dict) else content
-    return sum(map(_size, content)) if isinstance(content, (list, tuple, type({}.values()))) else 0
+    if isinstance(content, dict):
+        return sum(map(_size, content.values()))
+    return sum(map(_size, content)) if isinstance(content, (list, tuple)) else 0
 
 
 def _explain_full_disk(folder: Path, needed: int) -> str | None:

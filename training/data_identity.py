@@ -19,20 +19,20 @@ from modeling_dino.command_line import printable
 from .arguments import TrainingArguments
 
 
-MAX_LISTED = 1000  # files of a data set that are listed one by one, so that a change can name them
+MAX_LISTED = 1000  # files of a dataset that are listed one by one, so that a change can name them
 COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 def identify_data(args: TrainingArguments, lengths: list[int | None]) -> list[dict]:
-    """Identify each data set that is trained on, without reading an image; the same on all processes.
+    """Identify each dataset that is trained on, without reading an image; the same on all processes.
 
     Args:
-        args: Name the data sets.
+        args: Name the datasets.
         lengths: Number of images of each, where it is known.
 
     Returns:
         For each, its name, the number of images, and of local files their number and hashes of their names (below the
-        data set's folder), sizes and modification times (in seconds), and if there are few, a list; of the Hub, the
+        dataset's folder), sizes and modification times (in seconds), and if there are few, a list; of the Hub, the
         commit.
     """
     found = None
@@ -100,7 +100,7 @@ def _data_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _commit(name: str, config_name: str | None) -> str | None:
-    """The commit at which a data set of the Hub is read, or offline the cached one's; None if neither is known."""
+    """The commit at which a dataset of the Hub is read, or offline the cached one's; None if neither is known."""
     logging.disable(logging.WARNING)  # the same as when the data was loaded
     try:
         builder = load_dataset_builder(name, config_name)

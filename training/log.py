@@ -127,7 +127,7 @@ class RunLog(MemoryHandler):
         try:
             yield
         except Stopping:  # the loop stops next
-            logger.info("%s is left out, as the run is asked to stop", what)
+            logger.info("%s is skipped, as the run is asked to stop", what)
         except Exception as error:  # of whatever library
             logger.info("%s failed", what, exc_info=True)
             if what not in self.failed:

@@ -25,7 +25,7 @@ from .monitor import read_metrics
 MANIFEST = "run.json"
 VERSION = 1  # of its format
 LOCKS = ("run.lock", "run.soft.lock")
-WRITTEN = (  # while the run goes on
+WRITTEN = (  # during the run
     *("train.log", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "non_finite.jsonl"),
     *("figures/crops.png", "figures/curves.png", "figures/attention.png"),
 )
@@ -79,7 +79,7 @@ class OutputFolder:
             images = Path(name).expanduser().resolve()
             if images.is_dir() and images in (output, *output.parents):
                 raise ValueError(
-                    f"output_dir must lie outside the data set, got {self.path} in {name}. Choose another --output_dir"
+                    f"output_dir must lie outside the dataset, got {self.path} in {name}. Choose another --output_dir"
                 )
             if {output / own for own in ("figures", *FOLDERS)} & {images, *images.parents}:
                 raise ValueError(

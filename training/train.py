@@ -307,8 +307,8 @@ def _train(
 
     def stop(signal_name: str, step: int) -> None:
         how = (
-            f"Stopped by {signal_name} after step {step} of {num_steps}; the same command with "
-            "--resume_from_checkpoint latest goes on"
+            f"Stopped by {signal_name} after step {step} of {num_steps}. To continue, run the same command with "
+            "--resume_from_checkpoint latest"
         )
         monitor.say(how)
         interruption.end_within(20, "its end took too long, and all is saved", Interrupted.exit_code)
@@ -357,9 +357,9 @@ def _train(
                     save(step)
                     if asked := agreement.first_of_any(interruption.name):
                         stop(asked, step)
-                    kept = output_dir / "checkpoints" / f"step_{step:07d}"
+                    saved = output_dir / "checkpoints" / f"step_{step:07d}"
                     raise RunError(
-                        f"{error}. What was learned until then is in {kept}; "
+                        f"{error}. What was learned until then is in {saved}; "
                         "--resume_from_checkpoint latest goes on from there when the data can be read"
                     ) from error
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
