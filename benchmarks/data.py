@@ -30,7 +30,8 @@ from measuring import environment, save
 from PIL import Image
 from recipes import lightly_recipe, pil_recipe
 
-from evaluation.images import EncodedImage, image_content, load_images
+from evaluation.decoding import EncodedImage, Reading, image_content
+from evaluation.images import load_images
 from training.arguments import TrainingArguments
 from training.augmentation import MultiCrop, collate, finish_crops
 from training.data import CropLoader
@@ -59,7 +60,7 @@ def host_half(contents: list[bytes]) -> Iterator[int]:
     multi_crop = MultiCrop(settings(), seed=0)
     for epoch in itertools.count():
         for position, content in enumerate(contents):
-            multi_crop(EncodedImage({"bytes": content, "path": None}, 3), epoch, position)
+            multi_crop(EncodedImage({"bytes": content, "path": None}, Reading(3)), epoch, position)
             yield 1
 
 
@@ -70,7 +71,7 @@ def both_halves(contents: list[bytes]) -> Iterator[int]:
         for start in range(0, len(contents) - BATCH_SIZE + 1, BATCH_SIZE):
             batch = collate(
                 [
-                    multi_crop(EncodedImage({"bytes": contents[position], "path": None}, 3), epoch, position)
+                    multi_crop(EncodedImage({"bytes": contents[position], "path": None}, Reading(3)), epoch, position)
                     for position in range(start, start + BATCH_SIZE)
                 ]
             )

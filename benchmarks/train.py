@@ -19,7 +19,8 @@ from PIL import Image
 from recipes import lightly_recipe, pil_recipe
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from evaluation.images import image_content, load_images
+from evaluation.decoding import image_content
+from evaluation.images import load_images
 from training.data import CropLoader
 
 

@@ -2,6 +2,18 @@
 
 from modeling_dino.command_line import Parser
 
+from .decoding import MAX_IMAGE_PIXELS, TIFF_PAGES
+from .folders import LAYOUTS
+
+
+READING = {  # settings of how images are read, and their defaults
+    "folder_layout": "auto",
+    "tiff_pages": None,
+    "value_range": None,
+    "background": "white",
+    "max_image_pixels": MAX_IMAGE_PIXELS,
+}
+
 
 def add_model(parser: Parser, image_size: int | None = None, meaning: str | None = None, several: bool = True) -> None:
     """`--model` and `--image_size`; a protocol with a size of its own says what it is, and what it means there."""
@@ -30,7 +42,44 @@ def add_images(parser: Parser) -> None:
         "the others, where a protocol can)",
     )
     parser.add_argument("--image_column", help="column of the images (default: the only one there is)")
-    parser.set_defaults(train_split="train", streaming=False, features=None)
+    add_reading(parser)
+    parser.set_defaults(train_split="train", label_column=None, streaming=False, features=None)
+
+
+def add_reading(parser: Parser) -> None:
+    """How folders and images are read."""
+    parser.add_argument(
+        "--folder_layout",
+        choices=LAYOUTS,
+        default="auto",
+        help="what the folders at the top of a folder of images are: splits, or classes of one split `train`. "
+        "Default: by their names",
+    )
+    parser.add_argument(
+        "--allow_unread", action="store_true", help="go on where over a tenth of a folder's image files is not read"
+    )
+    parser.add_argument(
+        "--tiff_pages",
+        choices=TIFF_PAGES,
+        help="what the pages of a TIFF are: channels of one image, images of their own, or the first alone. Default: "
+        "TIFFs of several pages are not read",
+    )
+    parser.add_argument(
+        "--value_range",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become 0 and 1: two numbers, or as p1 p99 percentiles of each channel of each image. "
+        "Default: of the image processor, or the range of the integer type",
+    )
+    parser.add_argument(
+        "--background", default="white", help="color that transparent images are put on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_image_pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help="pixels above which an image is not read (default: %(default)s)",
+    )
 
 
 def add_dataset(parser: Parser) -> None:

@@ -18,8 +18,8 @@ from modeling_dino.command_line import Parser
 from .arguments import add_images
 from .attention_figures import FIGURES, blend, color_map, draw_attention, draw_figures, enlarge
 from .attention_video import VIDEO_SUFFIXES, Video, write_video
-from .features import evaluating, find_eval_split
-from .images import decode_image, load_images
+from .decoding import decode_image
+from .features import evaluating, find_eval_split, images_of
 from .models import (
     RawPixels,
     grid,
@@ -28,12 +28,14 @@ from .models import (
     network_of,
     num_channels,
     patch_size,
+    reading_of,
     run_model,
     taking,
     to_pixel_values,
+    to_values,
 )
 from .outputs import check_outputs, mark, replacing, write_arrays
-from .pictures import find_images, to_picture
+from .pictures import add_display_channels, find_images, to_picture
 
 
 SHORT_SIDE = 480  # pixels, of files and frames; the original's
@@ -132,15 +134,21 @@ def mass_masks(attention: torch.Tensor, mass: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept).unflatten(-1, attention.shape[-2:])
 
 
-def draw_attention_of(model: PreTrainedModel, image_processor, images: Sequence[np.ndarray], path: Path) -> Path:
-    """Draws what a Vision Transformer's CLS token looks at in images (channels, height, width) of uint8.
+def draw_attention_of(
+    model: PreTrainedModel,
+    image_processor,
+    images: Sequence[np.ndarray],
+    path: Path,
+    display_channels: Sequence[int] | None = None,
+) -> Path:
+    """Draws what a Vision Transformer's CLS token looks at in images (channels, height, width).
 
     Raises:
         ValueError: a network without CLS attention.
     """
     pixel_values = to_pixel_values(image_processor, images)
     maps = cls_attention(model, pixel_values)
-    seen = [to_picture(image) for image in _seen(image_processor, pixel_values)]
+    seen = [to_picture(image, display_channels) for image in _seen(image_processor, pixel_values)]
     return draw_attention(seen, maps, path, origin="dino-train")
 
 
@@ -161,7 +169,7 @@ def fit_to_patches(image: np.ndarray, short_side: int, patch: int) -> np.ndarray
     The original cuts alike, but makes a square first.
 
     Args:
-        image: (channels, height, width) in uint8.
+        image: (channels, height, width) in uint8 or fp32.
         short_side: In pixels, at least a patch.
         patch: Side of a patch.
     """
@@ -171,9 +179,10 @@ def fit_to_patches(image: np.ndarray, short_side: int, patch: int) -> np.ndarray
 
 
 def normalize(images: Sequence[np.ndarray], image_processor) -> torch.Tensor:
-    """Images (channels, height, width) in uint8, of one size -> pixel values, at that size."""
+    """Images (channels, height, width) in uint8, or fp32 from 0 to 1, of one size -> pixel values, at that size."""
     mean, std = mean_and_std(image_processor, len(images[0]))
-    return (torch.from_numpy(np.stack(images)).float() / 255 - mean) / std
+    values = torch.from_numpy(np.stack(images))
+    return ((values.float() / 255 if values.dtype == torch.uint8 else values) - mean) / std
 
 
 def attention_frames(
@@ -225,6 +234,7 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="also write images, attention and masks: into an .npz beside the sheet, or for each image",
     )
+    add_display_channels(parser)
     parser.add_argument("--overlay", action="store_true", help="video: the attention over the frames, not alone")
     parser.add_argument("--batch_size", type=int, default=1, help="frames per forward pass (default: %(default)s)")
 
@@ -270,7 +280,7 @@ def _short_side(model: PreTrainedModel, image_size: int | None) -> int:
 
 
 def _load(args: Namespace) -> tuple[PreTrainedModel, object]:
-    model, image_processor = load_model(args.model)
+    model, image_processor = load_model(args.model, value_range=args.value_range and tuple(args.value_range))
     if isinstance(model, RawPixels):
         raise ValueError("raw_pixels is no network and has no attention; give a Vision Transformer")
     return model, image_processor
@@ -292,7 +302,7 @@ def _draw_images(args: Namespace, output: Path) -> None:
         images = [row["image"] for row in find_images(args.image)]
     else:
         split = find_eval_split(args)
-        dataset = load_images(args.dataset_name, args.dataset_config_name, split, args.image_column, None)
+        dataset = images_of(args, split, with_labels=False)
         rows = dataset.shuffle(seed=args.seed).select(range(min(args.num_images, len(dataset))))
         images = rows["image"]
     is_sheet = output.suffix.lower() == ".png"
@@ -304,16 +314,19 @@ def _draw_images(args: Namespace, output: Path) -> None:
     files = [output / f"{name}{suffix}" for name in names for suffix in suffixes]
     check_outputs(args, [output] + [beside] * args.save_arrays if is_sheet else files)
     model, image_processor = _load(args)
+    reading = reading_of(args, model)
+    reading = reading if args.image else reading.of(dataset.features)
     sheet, arrays = [], {}
     for name, image in zip(tqdm(names, "attention", disable=None), images):
-        pixels = decode_image(image, num_channels(model.config))
+        pixels = decode_image(image, reading)
         if args.image or args.image_size is not None:
-            seen = fit_to_patches(pixels, _short_side(model, args.image_size), patch_size(model))
+            values = to_values(image_processor, pixels)
+            seen = fit_to_patches(values, _short_side(model, args.image_size), patch_size(model))
             pixel_values = normalize([seen], image_processor)
         else:
             pixel_values = to_pixel_values(image_processor, [pixels])
             [seen] = _seen(image_processor, pixel_values)
-        [attention], picture = cls_attention(model, pixel_values), to_picture(seen)
+        [attention], picture = cls_attention(model, pixel_values), to_picture(seen, args.display_channels)
         masks = mass_masks(attention, args.mass)
         if is_sheet:
             sheet.append((picture, attention))

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from modeling_dino.command_line import Parser
 
 from .arguments import add_extraction, add_model, add_output
+from .decoding import IMAGE_SUFFIXES
 from .descriptors import describe_images, image_rows
 from .features import DTYPES
-from .images import IMAGE_SUFFIXES, content_of, load_images
+from .images import content_of, load_images
 from .models import Tokens, describe_model, load_model, tokens
 from .report import Report, make_report
 from .retrieval import average_precision, in_percent

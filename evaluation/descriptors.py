@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .images import decode_image, pixel_hash
+from .decoding import Reading, decode_8_bits, pixel_hash
 from .models import mean_and_std, num_channels
 from .processes import of_all_processes
 from .workers import Loader
@@ -47,7 +47,7 @@ class _Collator:
     def __call__(self, rows: list[dict]) -> tuple[list[torch.Tensor], list[int], list[str]]:
         images, hashes, names = [], [], []
         for row in rows:
-            pixels = decode_image(row["image"], self.num_channels)
+            pixels = decode_8_bits(row["image"], Reading(self.num_channels))
             picture = PillowImage.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             picture = self.resize(picture.crop(row["box"]) if "box" in row else picture)
             images.append((to_tensor(picture) - self.mean) / self.std)

@@ -9,9 +9,9 @@ import math
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,11 @@ from transformers import PreTrainedModel
 
 from modeling_dino.command_line import Parser, check_files
 
-from .arguments import add_dataset, add_extraction, add_model
-from .images import content_of, decode_image, load_images, pixel_hash, split_names
-from .models import describe_model, load_model, num_channels, pooled, run_model, to_pixel_values
+from .arguments import READING, add_dataset, add_extraction, add_model
+from .decoding import Reading, decode_image, pixel_hash
+from .images import content_of, load_images, split_names
+from .labels import known_labels, match_names, plain_labels
+from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values
 from .outputs import check_outputs, replacing, write_text
 from .processes import of_all_processes
 from .workers import Loader
@@ -66,12 +68,12 @@ class Features:
 class ImageCollator:
     """Rows of `load_images` -> pixel values, as the image processor makes them, labels, hashes and file names."""
 
-    def __init__(self, image_processor, num_channels: int):
+    def __init__(self, image_processor, reading: Reading):
         self.image_processor = image_processor
-        self.num_channels = num_channels
+        self.reading = reading
 
     def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, list, list[int], list[str | None]]:
-        images = [decode_image(row["image"], self.num_channels) for row in rows]
+        images = [decode_image(row["image"], self.reading) for row in rows]
         hashes = [pixel_hash(image) for image in images]
         names = [row["image"]["path"] if isinstance(row["image"], dict) else None for row in rows]
         return to_pixel_values(self.image_processor, images), [row.get("label") for row in rows], hashes, names
@@ -84,8 +86,9 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "features",
+    reading: Reading | None = None,
 ) -> Features:
-    """Features of all images of a data set of `load_images`, in evaluation mode.
+    """Features of all images of a dataset of `load_images`, in evaluation mode.
 
     Args:
         model: A backbone; the mode of each of its modules is put back afterwards.
@@ -94,6 +97,7 @@ def extract_features(
         batch_size: Images per forward pass and process.
         num_workers: Worker processes that decode.
         description: Text of the progress bar.
+        reading: How images are read. Default: for the channels that the model takes.
 
     Returns:
         The same on all processes. Their order is the data set's with one process, and with several where it is not a
@@ -109,7 +113,7 @@ def extract_features(
         part = dataset
         if state.num_processes > 1:
             part = split_dataset_by_node(dataset, state.process_index, state.num_processes)
-        return _extract_share(model, part, image_processor, batch_size, num_workers, description)
+        return _extract_share(model, part, image_processor, batch_size, num_workers, description, reading)
 
     features = _join(of_all_processes(share, description))
     if not len(features):
@@ -132,10 +136,30 @@ def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
     return labels.names if isinstance(labels, ClassLabel) else None
 
 
+def images_of(args: Namespace, split: str, with_labels: bool = True) -> Dataset | IterableDataset:
+    """A split by a command's arguments, see `load_images`."""
+    return load_images(
+        args.dataset_name, args.dataset_config_name, split, args.image_column,
+        args.label_column if with_labels else None, args.streaming, with_labels, args.folder_layout, args.tiff_pages,
+        args.allow_unread,
+    )  # fmt: skip
+
+
+def splits_of(args: Namespace) -> list[str]:
+    return split_names(args.dataset_name, args.dataset_config_name, args.streaming, args.folder_layout)
+
+
+def load_model_of(args: Namespace) -> tuple:
+    """Model and image processor by a command's arguments, see `load_model`."""
+    return load_model(args.model, args.image_size, DTYPES[args.dtype], args.value_range and tuple(args.value_range))
+
+
 def describe_data(args: Namespace, split: str, dataset: Dataset | IterableDataset) -> dict:
     """What tells a split from another, before its images are read; of a stream, not whether its files have changed."""
     data = {"name": args.dataset_name, "config": args.dataset_config_name, "split": split}
     data |= {"image_column": args.image_column, "label_column": args.label_column}
+    reading = {name: getattr(args, name) for name in READING}
+    data |= {name: value for name, value in reading.items() if value != READING[name]}
     return data | ({"fingerprint": dataset._fingerprint} if isinstance(dataset, Dataset) else {})
 
 
@@ -154,10 +178,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def _extract_share(
     model: PreTrainedModel, dataset: Dataset | IterableDataset, image_processor, batch_size: int, num_workers: int,
-    description: str,
+    description: str, reading: Reading | None = None,
 ) -> Features:  # fmt: skip
     """`extract_features` of what one process gets."""
-    collate = ImageCollator(image_processor, num_channels(model.config))
+    reading = (reading or Reading(num_channels(model.config))).of(dataset.features)
+    collate = ImageCollator(image_processor, reading)
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = Loader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
@@ -180,7 +205,9 @@ def _extract_share(
             labels.extend(batch_labels)
             hashes.extend(batch_hashes)
     return Features(
-        torch.cat(features) if features else torch.empty(0, 0), np.array(labels), np.array(hashes, dtype=np.int64)
+        torch.cat(features) if features else torch.empty(0, 0),
+        plain_labels(labels, class_names(dataset)),
+        np.array(hashes, dtype=np.int64),
     )
 
 
@@ -194,6 +221,7 @@ def keep_features(
     batch_size: int = 64,
     num_workers: int = 0,
     overwrite: bool = False,
+    reading: Reading | None = None,
 ) -> Features:
     """`extract_features` with `folder` to keep them in: what is there already is not computed again.
 
@@ -249,7 +277,7 @@ def keep_features(
                 continue
             rows = dataset.select(range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(dataset))))
             description = f"{data['split']}, part {part + 1} of {num_parts}"
-            computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description)
+            computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description, reading)
             tensors = {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)}
             with replacing(file) as temporary:
                 save_file(tensors, temporary, {"labels": json.dumps(computed.labels.tolist())})
@@ -355,21 +383,30 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     """Features of a split by a command's arguments: read from `--features`, or computed now, and then kept there.
 
     Raises:
-        ValueError: neither features nor a model and a data set; no label of every image, although `with_labels`.
+        ValueError: neither features nor a model and a dataset; no labels, although `with_labels`.
     """
-    no_labels = f"split {split} of {args.dataset_name or args.features} has no labels, or not of every image; name "
-    no_labels += "their column by --label_column"
+    no_labels = f"split {split} of {args.dataset_name or args.features} has no labels; name their column by "
+    no_labels += "--label_column"
     if args.features and not args.model:
         if args.image_size is not None:
             raise ValueError("image_size is for a --model; these features are what they are")
         features = read_features(Path(args.features) / split)
     else:
         features = _new_features(args, split, no_labels if with_labels else None)
-    if features.class_names and (features.labels == -1).any():  # as `datasets` writes that there is none
-        features.labels = np.where(features.labels == -1, None, features.labels)
-    if with_labels and any(label is None for label in features.labels):
-        raise ValueError(no_labels)
-    return features
+    return labelled(features, split) if with_labels else features
+
+
+def labelled(features: Features, split: str, like: Features | None = None) -> Features:
+    """The features of images whose label is known, with labels numbered as those of `like`.
+
+    Raises:
+        ValueError: no label is known; see also `plain_labels`.
+    """
+    labels = plain_labels(features.labels, features.class_names)
+    known = known_labels(labels, split)
+    labels = plain_labels(labels[known])
+    labels = match_names(labels, features.class_names, like.class_names if like else None)
+    return replace(features, features=features.features[known], labels=labels, hashes=features.hashes[known])
 
 
 def check_features(args: Namespace, *names: str) -> None:
@@ -395,20 +432,19 @@ def _check_given(args: Namespace) -> None:
 def _new_features(args: Namespace, split: str, no_labels: str | None) -> Features:
     _check_given(args)
     check_features(args, split)
-    dataset = load_images(
-        args.dataset_name, args.dataset_config_name, split, args.image_column, args.label_column, args.streaming
-    )
+    dataset = images_of(args, split)
     if no_labels and "label" not in dataset.column_names:
         raise ValueError(no_labels)
-    model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
+    model, image_processor = load_model_of(args)
+    reading = reading_of(args, model)
     data = describe_data(args, split, dataset)
     if args.features:
         return keep_features(
             Path(args.features) / split, args.model, model, dataset, image_processor, data, args.batch_size,
-            args.num_workers, args.overwrite,
+            args.num_workers, args.overwrite, reading,
         )  # fmt: skip
     features = extract_features(
-        model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}"
+        model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}", reading
     )
     features.model = describe_model(model, args.model)
     features.data = data | content_of(features.hashes)
@@ -416,7 +452,7 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
 
 
 def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
-    """Features of the training and the test split, with a label for every image.
+    """Features of the images with a label of the training and the test split.
 
     The second is None where there is no other split, or where `--train_split` and `--eval_split` are the same: each
     image is then measured by all others. Images that are in both splits are warned of.
@@ -433,18 +469,9 @@ def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
             f"split {train.data['split']} of {train.data['name']} has images of one class only, {train.labels[0]}"
         )
     if test is not None:
-        check_class_names(train.class_names, test.class_names)
+        test = labelled(test, eval_split, like=train)
         warn_of_shared_images(train.hashes, test.hashes)
     return train, test
-
-
-def check_class_names(train: list[str] | None, test: list[str] | None) -> None:
-    """Labels are compared by their numbers."""
-    if train and test and train != test:
-        differing = [names for names in zip(train, test) if names[0] != names[1]] or [(len(train), len(test))]
-        raise ValueError(
-            f"the training and the test split name their classes differently: {differing[0][0]} and {differing[0][1]}"
-        )
 
 
 def warn_of_shared_images(train_hashes: np.ndarray, test_hashes: np.ndarray) -> None:
@@ -457,10 +484,10 @@ def warn_of_shared_images(train_hashes: np.ndarray, test_hashes: np.ndarray) -> 
 
 
 def find_eval_split(args: Namespace) -> str:
-    """--eval_split or, without it, `test`, else `validation`, else the training split itself, if there is no other.
+    """--eval_split or, without it, see `choose_eval_split`.
 
     Raises:
-        ValueError: other splits alone.
+        ValueError: see `choose_eval_split`.
     """
     if args.eval_split:
         return args.eval_split
@@ -472,12 +499,21 @@ def find_eval_split(args: Namespace) -> str:
         ]  # else inputs of `linear`
     else:
         _check_given(args)
-        names = split_names(args.dataset_name, args.dataset_config_name, args.streaming)
+        names = splits_of(args)
+    return choose_eval_split(names, args.train_split)
+
+
+def choose_eval_split(names: Sequence[str], train_split: str) -> str:
+    """The split to evaluate on: `test`, else `validation`, else the training split itself, if there is no other.
+
+    Raises:
+        ValueError: others alone.
+    """
     for name in ("test", "validation"):
         if name in names:
             return name
-    if names == [args.train_split]:
-        return args.train_split
+    if list(names) == [train_split]:
+        return train_split
     raise ValueError(f"choose the split to evaluate on by --eval_split; there are {', '.join(names) or 'none'}")
 
 
@@ -494,7 +530,7 @@ def measure(args: Namespace) -> None:
         raise ValueError("give --features, the folder to write")
     if not args.model or not args.dataset_name:
         raise ValueError("give --model and --dataset_name")
-    splits = args.splits or split_names(args.dataset_name, args.dataset_config_name, args.streaming)
+    splits = args.splits or splits_of(args)
     check_features(args, *splits)
     for split in splits:
         features = features_of(args, split)

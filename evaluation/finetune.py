@@ -30,7 +30,7 @@ from modeling_dino.command_line import Parser
 from .arguments import add_dataset, add_model, add_output
 from .features import class_names, describe_data, extract_features, warn_of_shared_images
 from .images import content_of
-from .models import describe_model, load_model, num_channels, run_model
+from .models import describe_model, load_model, num_channels, reading_of, run_model
 from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
@@ -340,9 +340,12 @@ def measure(args: Namespace) -> Report:
     _check(args)
     if args.output_dir:
         check_run_folder(args)
-    training, test = load_splits(args)
-    names, targets, test_targets = index_classes(training["label"][:], test["label"][:], class_names(training))
-    backbone, image_processor = load_model(args.model, args.image_size)
+    training, test, train_labels, test_labels = load_splits(args)
+    names, targets, test_targets = index_classes(train_labels, test_labels, class_names(training))
+    backbone, image_processor = load_model(
+        args.model, args.image_size, value_range=args.value_range and tuple(args.value_range)
+    )
+    reading = reading_of(args, backbone)
     described = describe_model(backbone, args.model)
     channels = num_channels(backbone.config)
     torch.manual_seed(seed_of(args.seed, "classifier"))
@@ -361,7 +364,7 @@ def measure(args: Namespace) -> Report:
         discard_other_run(folder, settings)
     model, _, hashes = train(
         model,
-        AugmentedImages(training, targets, transform, channels, args.seed),
+        AugmentedImages(training, targets, transform, image_processor, reading, args.seed),
         order,
         make_mixing(len(names), args.mixup, args.cutmix),
         args.epochs,
@@ -380,8 +383,9 @@ def measure(args: Namespace) -> Report:
             image_processor.save_pretrained(temporary)
     network = ComputedFeatures(model, lambda pixel_values: run_model(model, pixel_values).logits)
     logits = extract_features(
-        network, test, image_processor, args.batch_size, args.num_workers, f"{args.model}, {evaluation_split(args)}"
-    )
+        network, test, image_processor, args.batch_size, args.num_workers, f"{args.model}, {evaluation_split(args)}",
+        reading,
+    )  # fmt: skip
     hashes = np.concatenate(of_all_processes(lambda: hashes, "hashes of the training images"))
     warn_of_shared_images(hashes, logits.hashes)
     scores = hits(logits.features, torch.from_numpy(test_targets), "finetune")

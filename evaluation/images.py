@@ -1,22 +1,23 @@
 """Images from anywhere that `datasets` reads: Hub id, folder (class folders or flat), parquet, tars, `save_to_disk`.
 
-Images stay encoded until somebody needs pixels, and then `EncodedImage` is the one way to get them.
+Images stay encoded until somebody needs pixels, and then `decoding.EncodedImage` is the one way to get them.
 """
 
+import glob
 import hashlib
-import io
 import logging
+import os
 import pickle
-import struct
+import re
 import tarfile
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tarfile import ReadError
 
 import numpy as np
+from accelerate import PartialState
 from datasets import (
     Dataset,
     DatasetDict,
@@ -27,21 +28,18 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
-from datasets.features import Array3D, ClassLabel, Value
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.features import Array2D, Array3D, ClassLabel, LargeList, List, Value
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
-from PIL import ExifTags, ImageOps, UnidentifiedImageError
-from PIL import Image as PillowImage
 
 from modeling_dino.command_line import check_files, one_line, printable
-from modeling_dino.image_processing_dino import PILLOW_MODES
+
+from .folders import File, ImageFolder, list_folder, read_folder, split_word
 
 
-IMAGE_SUFFIXES = tuple(ImageFolder.EXTENSIONS)
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+_NUM_STREAM_SHARDS = 64  # of a folder that is streamed
 
 
 def _refuse_pickle(content: bytes) -> None:
@@ -51,32 +49,45 @@ def _refuse_pickle(content: bytes) -> None:
 WebDataset.DECODERS["pth"] = _refuse_pickle  # the library's own unpickles what torch.load holds to be harmless
 
 
-def _split_folders(path: Path) -> dict[str, str]:
-    """Split -> all files of its folder, if `path` holds folders of splits and nothing else; else all is `train`.
-
-    Left to itself, `datasets` also takes words in file names for splits, and `my-test.png` out of the training.
-    """
-    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    words = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-    if folders and all(folder.name in words for folder in folders):
-        return {words[folder.name]: f"{folder}/**" for folder in folders}
-    return {"train": f"{path}/**"}
-
-
-def split_folder(path: Path, split: str) -> Path:
-    """The folder that all files of a split lie in."""
-    folders = {} if not path.is_dir() else _split_folders(path)
-    return Path(folders.get(split, str(path)).removesuffix("/**"))
-
-
 def is_path(name: str) -> bool:
     """Whether a name of data or weights is a path, there or not, and no Hub id."""
     path = Path(name).expanduser()
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in FILE_BUILDERS or path.exists()
 
 
+def _image_folder(dataset_name: str, layout: str, tiff_pages: str | None) -> ImageFolder | None:
+    """The folder of image files of a name; None for anything else."""
+    path = Path(dataset_name).expanduser()
+    if not path.is_dir() or _is_saved(path):
+        return None
+    listing = list_folder(path)
+    has_zip = any(file.name.lower().endswith(".zip") for file in listing.archives)
+    if listing.tables or (has_zip and not listing.images):
+        odd = listing.unread.get("names that are not UTF-8")
+        if odd:
+            raise ValueError(
+                f"the names of {len(odd)} files in {dataset_name} are not UTF-8, such as {printable(odd[0])}. The "
+                "datasets library cannot read them. Rename them, as convmv does."
+            )
+        if listing.images:
+            _warn(f"{path}: {len(listing.images):,} image files beside tables are not read, such as "
+                  f"{printable(listing.images[0].name)}")  # fmt: skip
+        return None
+    return read_folder(path, layout, tiff_pages, listing)
+
+
+def _is_saved(path: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk`."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _warn(text: str) -> None:
+    if PartialState().is_main_process:
+        warnings.warn(text)
+
+
 def _load(dataset_name: str, config_name: str | None, streaming: bool, **options):
-    """All splits of a data set; `options` are for the builder of the format that it is in."""
+    """All splits of a dataset that is not a folder of images; `options` are for the builder of its format."""
     path = Path(dataset_name).expanduser()
     if not path.exists():
         if is_path(dataset_name):
@@ -85,7 +96,7 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
             return load_dataset(dataset_name, config_name, streaming=streaming, **options)
         except DatasetNotFoundError as error:
             raise ValueError(
-                f"{dataset_name} is neither a local path nor a data set that the Hub lets you read ({error}); for a "
+                f"{dataset_name} is neither a local path nor a dataset that the Hub lets you read ({error}); for a "
                 "gated or private one, log in with `hf auth login`"
             ) from error
         except DataFilesNotFoundError as error:
@@ -96,9 +107,9 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
         if path.suffix not in FILE_BUILDERS:
             raise ValueError(f"{dataset_name} is a file; allowed are .parquet, .arrow, .tar or a folder")
         return load_dataset(
-            FILE_BUILDERS[path.suffix], data_files={"train": str(path)}, streaming=streaming, **options
+            FILE_BUILDERS[path.suffix], data_files={"train": _no_pattern(path)}, streaming=streaming, **options
         )
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    if _is_saved(path):
         for folder in (path, *(part for part in path.iterdir() if part.is_dir())):
             check_files(folder)
         saved = load_from_disk(str(path))
@@ -106,25 +117,40 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
         if streaming:
             return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
         return saved
-    files = [file for file in path.rglob("*") if file.is_file()]
-    if odd := [file for file in files if not _is_utf8(str(file)) and _is_read(file.relative_to(path))]:
-        raise ValueError(
-            f"the names of {len(odd)} files in {dataset_name} are not UTF-8, such as {printable(str(odd[0]))}. The "
-            "datasets library cannot read them. Rename them, as convmv does."
-        )
-    if not any(file.suffix in (".parquet", ".arrow", ".tar", ".zip") for file in files):
-        if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-            found = sorted({file.suffix or "no ending" for file in files})
-            raise ValueError(
-                f"no images in {dataset_name}: looked in all folders below it for .jpg, .png and all else that Pillow "
-                f"reads, and for .parquet, .arrow, .tar and .zip; found {len(files)} files"
-                + (f" ({', '.join(found[:9])})" if found else "")
-            )
-        return load_dataset("imagefolder", data_files=_split_folders(path), streaming=streaming)
     try:
-        return load_dataset(str(path), config_name, streaming=streaming, **options)
+        if _no_pattern(path) == str(path):
+            return load_dataset(str(path), config_name, streaming=streaming, **options)
+        builder, files = _table_files(path)
+        return load_dataset(builder, data_files=files, streaming=streaming, **options)
     except DataFilesNotFoundError as error:
         raise ValueError(f"no data files in {dataset_name}: {error}") from error
+
+
+def _no_pattern(path: Path) -> str:
+    """A path as the datasets library takes it, which would see patterns in brackets, and an address in ::.
+
+    Raises:
+        ValueError: a path with ::, which cannot be written otherwise.
+    """
+    if "::" in str(path):
+        raise ValueError(
+            f"{printable(str(path))} has :: in its name, which the datasets library takes apart. Rename it."
+        )
+    return glob.escape(str(path))
+
+
+def _table_files(path: Path) -> tuple[str, dict[str, list[str]]]:
+    """Builder and files of each split of a folder whose path itself looks like a pattern."""
+    files = [path / file.name for file in list_folder(path).tables]
+    suffixes = {file.suffix.lower() for file in files}
+    if len(suffixes) != 1:
+        raise ValueError(f"{path} has files of several kinds ({', '.join(sorted(suffixes))}). Keep one kind in it.")
+    splits = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
+        split = next(filter(None, map(split_word, words)), "train")
+        splits.setdefault(split, []).append(_no_pattern(file))
+    return FILE_BUILDERS[suffixes.pop()], splits
 
 
 def _pickled_member(dataset_name: str) -> str:
@@ -135,20 +161,6 @@ def _pickled_member(dataset_name: str) -> str:
                 if member.name.lower().endswith(".pth"):
                     return printable(member.name)
     return "a .pth file"
-
-
-def _is_read(file: Path) -> bool:
-    """Return whether the datasets library would read a file of a folder as data."""
-    is_hidden = any(part.startswith(".") for part in file.parts)
-    return file.suffix.lower() in (*IMAGE_SUFFIXES, *FILE_BUILDERS, ".zip") and not is_hidden
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Python keeps the bytes as surrogates
-        return False
-    return True
 
 
 @contextmanager
@@ -178,10 +190,32 @@ def _errors_named(dataset_name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def split_names(dataset_name: str, config_name: str | None = None, streaming: bool = False) -> list[str]:
-    """The splits that a data set has, by the arguments of `load_images`."""
+def split_names(
+    dataset_name: str, config_name: str | None = None, streaming: bool = False, folder_layout: str = "auto"
+) -> list[str]:
+    """The splits that a dataset has, by the arguments of `load_images`."""
     with _errors_named(dataset_name):
-        return list(_load(dataset_name, config_name, streaming))
+        folder = _image_folder(dataset_name, folder_layout, None)
+        return list(folder.splits if folder else _load(dataset_name, config_name, streaming))
+
+
+def local_files(dataset_name: str, split: str, folder_layout: str = "auto") -> list[File]:
+    """The files of a split of a local dataset: of a folder of images its images, else all tables and archives."""
+    path = Path(dataset_name).expanduser()
+    if path.is_file():
+        status = path.stat()
+        return [File("", status.st_size, int(status.st_mtime))]
+    folder = _image_folder(dataset_name, folder_layout, None)
+    if folder:
+        return folder.splits.get(split, [])
+    listing = list_folder(path)
+    return sorted(listing.tables + listing.archives)
+
+
+def describe_folder(dataset_name: str, folder_layout: str = "auto") -> str | None:
+    """How many files of a folder of images are read, in one line; None for anything else."""
+    folder = _image_folder(dataset_name, folder_layout, None)
+    return folder and folder.account()
 
 
 def _find_image_column(features: Features, image_column: str | None) -> str:
@@ -189,36 +223,61 @@ def _find_image_column(features: Features, image_column: str | None) -> str:
     if image_column is not None:
         if image_column not in features:
             raise ValueError(f"there is no column {image_column} (--image_column); the columns are {columns}")
-        if not isinstance(features[image_column], (Image, Array3D)):
+        if not _holds_images(features[image_column], is_named=True):
             raise ValueError(f"column {image_column} holds no images but {features[image_column]}")
-        return _check_array(features, image_column)
-    candidates = [name for name, feature in features.items() if isinstance(feature, (Image, Array3D))]
+        return image_column
+    candidates = [name for name, feature in features.items() if _holds_images(feature, is_named=False)]
     if not candidates:
-        raise ValueError(f"the data set has no image column; the columns are {columns}")
+        candidates = [
+            name for name in ("image", "img", "file_name", "path") if _holds_images(features.get(name), True)
+        ]
+    if not candidates:
+        raise ValueError(f"the dataset has no image column; the columns are {columns}. Name it by --image_column.")
     if len(candidates) > 1:
-        raise ValueError(
-            f"the data set has several image columns, choose with --image_column: {', '.join(candidates)}"
-        )
-    return _check_array(features, candidates[0])
+        raise ValueError(f"the dataset has several image columns, choose with --image_column: {', '.join(candidates)}")
+    return candidates[0]
 
 
-def _check_array(features: Features, column: str) -> str:
-    if isinstance(features[column], Array3D) and features[column].dtype != "uint8":
-        raise ValueError(f"arrays of images must be uint8, those in column {column} are {features[column].dtype}")
-    return column
+def _holds_images(feature, is_named: bool) -> bool:
+    """Return whether a column holds images: files, arrays, or lists of files; if it is named, paths and bytes, too."""
+    if isinstance(feature, (List, LargeList)):
+        feature = feature.feature
+    if isinstance(feature, (Image, Array2D, Array3D)):
+        return True
+    if isinstance(feature, dict):
+        return set(feature) >= {"bytes", "path"}
+    if isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"):
+        return True
+    return is_named and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def _find_label_column(features: Features, label_column: str | None) -> str | None:
+    """The column of the labels; None if there is none that has one label an image."""
     if label_column is not None:
         if label_column not in features:
             raise ValueError(
                 f"there is no column {label_column} (--label_column); the columns are {', '.join(features)}"
             )
         if not isinstance(features[label_column], (ClassLabel, Value)):
-            raise ValueError(f"column {label_column} holds no labels, one an image, but {features[label_column]}")
+            raise ValueError(
+                f"column {label_column} holds {_kind(features[label_column])}, and labels must be one an image. Name "
+                "another by --label_column."
+            )
         return label_column
     candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    return candidates[0] if len(candidates) == 1 else "label" if "label" in features else None
+    if len(candidates) == 1:
+        return candidates[0]
+    if "label" in features and not isinstance(features["label"], (ClassLabel, Value)):
+        _warn(
+            f"column label holds {_kind(features['label'])}, and is not used: labels must be one an image. Name "
+            "another by --label_column."
+        )
+        return None
+    return "label" if "label" in features else None
+
+
+def _kind(feature) -> str:
+    return "lists" if isinstance(feature, (List, LargeList)) else str(feature)
 
 
 def load_images(
@@ -229,28 +288,41 @@ def load_images(
     label_column: str | None = None,
     streaming: bool = False,
     with_labels: bool = True,
+    folder_layout: str = "auto",
+    tiff_pages: str | None = None,
+    allow_unread: bool = False,
 ) -> Dataset | IterableDataset:
-    """A split of a data set with the columns `image` (encoded) and, where there are labels, `label`.
+    """A split of a dataset with the columns `image` (encoded) and, where there are labels, `label`.
 
     Args:
         dataset_name: A Hub id, or a path: a folder of images (in class folders, or flat and so without labels), of
             parquet, Arrow or tar files, one such file, or what `save_to_disk` wrote.
-        config_name: Configuration of a data set that has several.
+        config_name: Configuration of a dataset that has several.
         split: Name of the split. One file, or a folder without folders of splits, is `train`.
         image_column: Column of the images. Default: the only one that holds images.
         label_column: Column of the labels. Default: the only class column, or else `label`, or else none.
-        streaming: Read while iterating, instead of preparing the whole data set first. Of parquet, other columns are
+        streaming: Read while iterating, instead of preparing the whole dataset first. Of parquet, other columns are
             then never read.
         with_labels: Whether the labels are wanted.
+        folder_layout: Of a folder of images, see `folders.assign_splits`.
+        tiff_pages: By `images`, every page of a TIFF in a folder is an image.
+        allow_unread: Whether more than a tenth of a folder's image files may be left unread.
 
     Raises:
         ValueError: whatever is missing; says what there is instead.
     """
     with _errors_named(dataset_name):
-        splits = _load(dataset_name, config_name, streaming)
+        folder = _image_folder(dataset_name, folder_layout, tiff_pages)
+        if folder:
+            for line in folder.warnings():
+                _warn(line)
+            folder.check(allow_unread)
+        splits = folder.splits if folder else _load(dataset_name, config_name, streaming)
         if split not in splits:
             raise ValueError(f"{dataset_name} has no split {split}; its splits are {', '.join(splits)}")
-        dataset = splits[split]
+        dataset = folder.dataset(split) if folder else splits[split]
+        if folder and streaming:
+            dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), _NUM_STREAM_SHARDS))
         if dataset.features is None:
             dataset = dataset._resolve_features()
     try:
@@ -262,135 +334,46 @@ def load_images(
     if streaming and dataset.info.builder_name == "parquet":
         dataset = _load(dataset_name, config_name, streaming, columns=list(chosen))[split]
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
-    if isinstance(dataset.features[image_column], Image):
+    with _errors_named(dataset_name):
         # first of all: what a stream does to its rows afterwards would decode each and encode it again
-        dataset = dataset.cast_column(image_column, Image(decode=False))
-    dataset = dataset.select_columns(list(chosen))
-    renamed = {old: new for old, new in chosen.items() if old != new}
-    return dataset.rename_columns(renamed) if renamed else dataset
+        dataset = _encoded(dataset, image_column, Path(dataset_name).expanduser())
+        dataset = dataset.select_columns(list(chosen))
+        renamed = {old: new for old, new in chosen.items() if old != new}
+        dataset = dataset.rename_columns(renamed) if renamed else dataset
+        return _one_a_row(dataset) if isinstance(dataset.features["image"], (List, LargeList)) else dataset
 
 
-class BrokenImageError(ValueError):
-    """An image that cannot be decoded faithfully. `kind` is one of a few words, the message names the image."""
+def _encoded(dataset: Dataset | IterableDataset, column: str, path: Path) -> Dataset | IterableDataset:
+    """The dataset with a column of files encoded, as bytes or paths. Arrays stay as they are."""
+    feature = dataset.features[column]
+    if isinstance(feature, (List, LargeList)):
+        return dataset.cast_column(column, List(Image(decode=False)))
+    if isinstance(feature, (Array2D, Array3D)) or (isinstance(feature, dict) and "page" in feature):
+        return dataset
+    if isinstance(feature, Value) and "string" in feature.dtype:  # paths, relative to the table
+        folder = path if path.is_dir() else path.parent
+        dataset = dataset.map(_absolute, fn_kwargs={"column": column, "folder": str(folder)}, batched=True)
+    return dataset.cast_column(column, Image(decode=False))
 
-    def __init__(self, name: str, kind: str, reason: str):
-        super().__init__(f"image {printable(name)} {reason}")
-        self.name, self.kind = name, kind
+
+def _absolute(rows: dict, column: str, folder: str) -> dict:
+    return {column: [name and os.path.join(folder, name) for name in rows[column]]}
 
 
-def pixel_hash(pixels: np.ndarray) -> int:
-    """64 bits, signed, that are equal for images of equal pixels, whatever files they come from."""
-    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little", signed=True)
+def _one_a_row(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows of lists of images -> a row for each image, with the label of its list."""
+    features = Features(dataset.features | {"image": dataset.features["image"].feature})
+    return dataset.map(_unroll, batched=True, remove_columns=list(dataset.features), features=features)
+
+
+def _unroll(rows: dict) -> dict:
+    counts = [len(images or ()) for images in rows["image"]]
+    images = {"image": [image for images in rows["image"] for image in images or ()]}
+    others = {name: np.repeat(values, counts).tolist() for name, values in rows.items() if name != "image"}
+    return images | others
 
 
 def content_of(hashes: np.ndarray) -> dict:
     """Number and hash of images, whatever their order, for a report; of their pixels' hashes (images,) in int64."""
     digest = hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()[:16]
     return {"num_images": len(hashes), "revision": f"sha256:{digest}"}
-
-
-def image_content(image: dict) -> bytes:
-    """The bytes of an image's file."""
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except OSError as error:
-        raise BrokenImageError(image["path"], "unreadable", f"cannot be read: {error.strerror}") from error
-
-
-class EncodedImage:
-    """An image of a data set whose header has been read, and whose pixels have not been decoded yet.
-
-    Files are turned upright as their EXIF says and become grey (1 channel), RGB (3) or RGBA (4). Arrays must already
-    have `num_channels` as their first or last dimension.
-
-    Args:
-        image: What a row of `load_images` holds in `image`.
-        num_channels: Channels that the model takes.
-
-    Attributes:
-        height, width: In pixels, upright.
-        is_jpeg: Whether it can be decoded to fewer pixels.
-        decoder_bytes: What decoding takes for each pixel of the file, in bytes, beside the pixels that come out.
-
-    Raises:
-        BrokenImageError: an image that is broken, or has more than 8 bits a channel; names its file where it has one.
-        ValueError: a number of channels that no file has, or another than the arrays'.
-    """
-
-    def __init__(self, image: dict | list | np.ndarray | None, num_channels: int):
-        self.num_channels = num_channels
-        if image is None:
-            raise BrokenImageError("without a file name", "missing", "is missing: its row holds none")
-        if not isinstance(image, dict):
-            self._pixels = _channels_first(np.asarray(image, dtype=np.uint8), num_channels)
-            self.height, self.width = self._pixels.shape[1:]
-            return
-        if num_channels not in PILLOW_MODES:
-            raise ValueError(
-                f"an image file has 1, 3 or 4 channels, the model takes {num_channels}; use an array column"
-            )
-        self._pixels = None
-        self.name = image["path"] or "without a file name"
-        with self._named_errors():
-            self._file = PillowImage.open(io.BytesIO(image_content(image)))
-            self.is_jpeg = self._file.format == "JPEG"
-            is_other = not self.is_jpeg and self._file.mode != PILLOW_MODES[num_channels]
-            self.decoder_bytes = (  # measured: buffers of libwebp, coefficients of a progressive JPEG, another mode
-                8 * (self._file.format == "WEBP")
-                + 3 * bool(self._file.info.get("progressive"))
-                + is_other * (1 if len(self._file.getbands()) == 1 else 4)
-            )
-            if self._file.mode[0] in "IF":
-                reason = f"has Pillow's mode {self._file.mode}, and not 8 bits a channel"
-                raise BrokenImageError(self.name, "not 8 bits", reason)
-            is_on_its_side = self._file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            self.width, self.height = self._file.size[::-1] if is_on_its_side else self._file.size
-
-    def decode(self, reduction: int = 1) -> np.ndarray:
-        """The pixels (num_channels, height, width) in uint8; once, for an image of a file.
-
-        JPEGs are decoded to `reduction` (1, 2, 4 or 8) times fewer pixels a side, rounded up, which is faster the
-        fewer they are. Nothing else can be, and keeps its size.
-        """
-        if self._pixels is not None:
-            return self._pixels
-        with self._named_errors(), self._file as file:
-            if reduction > 1:
-                file.draft(None, tuple(side // reduction for side in file.size))
-            ImageOps.exif_transpose(file, in_place=True)
-            mode = PILLOW_MODES[self.num_channels]
-            pixels = np.array(file if file.mode == mode else file.convert(mode))
-        return pixels.reshape(*pixels.shape[:2], self.num_channels).transpose(2, 0, 1)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """What Pillow's readers raise becomes a `BrokenImageError`."""
-        try:
-            yield
-        except BrokenImageError:
-            raise
-        except UnidentifiedImageError as error:
-            raise BrokenImageError(self.name, "no image", "cannot be decoded: no image file") from error
-        except PillowImage.DecompressionBombError as error:
-            raise BrokenImageError(self.name, "too large", f"is too large: {error}") from error
-        except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, zlib.error) as error:
-            raise BrokenImageError(self.name, "damaged", f"cannot be decoded: {error}") from error
-
-
-def _channels_first(array: np.ndarray, num_channels: int) -> np.ndarray:
-    if array.shape[0] != num_channels and array.shape[-1] == num_channels:
-        array = array.transpose(2, 0, 1)
-    if array.shape[0] != num_channels:
-        raise ValueError(f"the model takes {num_channels} channels, the data set holds arrays {array.shape}")
-    return np.ascontiguousarray(array)
-
-
-def decode_image(image: dict | list | np.ndarray, num_channels: int) -> np.ndarray:
-    """The pixels (num_channels, height, width) in uint8 of what a row of `load_images` holds in `image`.
-
-    Raises:
-        BrokenImageError, ValueError: see `EncodedImage`.
-    """
-    return EncodedImage(image, num_channels).decode()

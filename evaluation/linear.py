@@ -30,18 +30,20 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import (
-    DTYPES,
     Features,
     check_features,
     class_names,
     describe_data,
     extract_features,
     features_of,
+    images_of,
     keep_features,
+    labelled,
+    load_model_of,
     warn_of_shared_images,
 )
-from .images import content_of, load_images
-from .models import describe_model, load_model, num_channels, tokens
+from .images import content_of
+from .models import describe_model, num_channels, reading_of, tokens
 from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
@@ -350,11 +352,12 @@ class CroppedImages:
 
     def __init__(self, args: Namespace, network: ComputedFeatures, image_processor):
         self.args, self.network, self.image_processor = args, network, image_processor
-        self.images, test = load_splits(args)
-        self.labels, self.class_names = self.images["label"][:], class_names(self.images)
+        self.images, test, self.labels, test_labels = load_splits(args)
+        self.class_names = class_names(self.images)
         self.data = describe_data(args, args.train_split, self.images)
         self.data |= {"num_images": len(self.images), "augmentation": True}
         self.test = self._extract(test, evaluation_split(args))
+        self.test.labels = np.array(test_labels)
         self.test.data = describe_data(args, evaluation_split(args), test) | content_of(self.test.hashes)
         self._hashes: list[torch.Tensor] = []  # of this process's images in the first epoch
 
@@ -370,7 +373,9 @@ class CroppedImages:
                 *normalize(self.image_processor, channels),
             ]
         )
-        images = AugmentedImages(self.images, targets, transform, channels, order.seed)
+        images = AugmentedImages(
+            self.images, targets, transform, self.image_processor, reading_of(self.args, self.network), order.seed
+        )
         loader = make_loader(images, order, self.args.num_workers)
         epochs: list[int] = []
 
@@ -396,7 +401,7 @@ class CroppedImages:
         args = self.args
         return extract_features(
             self.network, images, self.image_processor, args.batch_size, args.num_workers,
-            f"{args.model}, {description}",
+            f"{args.model}, {description}", reading_of(args, self.network),
         )  # fmt: skip
 
 
@@ -405,7 +410,9 @@ class KeptFeatures:
 
     def __init__(self, args: Namespace, network: ComputedFeatures | None, image_processor, inputs: dict):
         self.args, self.network, self.image_processor = args, network, image_processor
-        self.train, self.test = (self._read(split, inputs) for split in (args.train_split, evaluation_split(args)))
+        train, test = (self._read(split, inputs) for split in (args.train_split, evaluation_split(args)))
+        self.train = labelled(train, args.train_split)
+        self.test = labelled(test, evaluation_split(args), like=self.train)
         self.labels, self.class_names, self.data = self.train.labels, self.train.class_names, self.train.data
         self.data = self.data | {"augmentation": False}
 
@@ -423,16 +430,15 @@ class KeptFeatures:
         their own."""
         args = self.args
         if inputs["n_last_blocks"] == 1 and not inputs["avgpool_patchtokens"]:
-            return features_of(args, split, with_labels=True)
+            return features_of(args, split)
         kind = f"last{inputs['n_last_blocks']}"
         kind += "-avgpool" * inputs["avgpool_patchtokens"] + "-interleaved" * inputs["interleave_features"]
-        columns = (args.image_column, args.label_column, args.streaming)
         check_features(args, f"{split}-{kind}")
-        images = load_images(args.dataset_name, args.dataset_config_name, split, *columns)
+        images = images_of(args, split)
         data = describe_data(args, split, images) | {"inputs": kind}
         return keep_features(
             Path(args.features) / f"{split}-{kind}", args.model, self.network, images, self.image_processor, data,
-            args.batch_size, args.num_workers, args.overwrite,
+            args.batch_size, args.num_workers, args.overwrite, reading_of(args, self.network),
         )  # fmt: skip
 
 
@@ -457,7 +463,7 @@ def measure(args: Namespace) -> Report:
         model, image_processor, network = None, None, None
         inputs = {"n_last_blocks": 1, "avgpool_patchtokens": False, "interleave_features": False}
     else:
-        model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
+        model, image_processor = load_model_of(args)
         n_last_blocks = args.n_last_blocks
         if n_last_blocks is None:
             n_last_blocks = NUM_LAST_BLOCKS if _has_blocks(model) else 1

@@ -10,7 +10,8 @@ import inspect
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +34,15 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_dino import DINOConfig, DINOModel  # which makes AutoModel know DINO
 from modeling_dino.command_line import check_files, one_line
-from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_processor
+from modeling_dino.image_processing_dino import (
+    PILLOW_MODES,
+    DINOImageProcessor,
+    make_image_processor,
+    parse_value_range,
+    scale_values,
+)
 
+from .decoding import Reading
 from .images import is_path
 
 
@@ -58,7 +66,10 @@ class RawPixels(torch.nn.Module):
 
 @lru_cache(maxsize=1)  # a protocol asks for it again with every split
 def load_model(
-    name: str, image_size: int | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    value_range: tuple[str, ...] | None = None,
 ) -> tuple[PreTrainedModel | RawPixels, object]:
     """A backbone and its image processor in evaluation mode on this process's device.
 
@@ -70,6 +81,7 @@ def load_model(
         image_size: Side of the images that the processor makes, by the paper's transform (shorter side to 8/7 of it,
             bicubic, centre crop). Default: whatever the model's own processor does.
         dtype: Of the weights.
+        value_range: What the processor makes 0 and 1, see `scale_values`. Default: what the processor says.
 
     Raises:
         ValueError: a path that is no folder; a file that is missing or damaged, or that asks for more memory than
@@ -108,8 +120,31 @@ def load_model(
     model.eval().to(PartialState().device)
     if image_size is not None:
         mean, std = (values.flatten().tolist() for values in mean_and_std(processor, channels))
-        processor = make_image_processor(image_size, channels, mean, std)
+        is_scientific = isinstance(processor, DINOImageProcessor)
+        own = processor.value_range if is_scientific else None
+        processor = make_image_processor(image_size, channels, mean, std, value_range=own, is_deep=is_scientific)
+    if value_range is not None:
+        processor = scaling(processor, channels, value_range)
     return model, processor
+
+
+def scaling(image_processor, num_channels: int, value_range: Sequence[str] | None = None) -> DINOImageProcessor:
+    """The same image processor for images of any values, see `scale_values`.
+
+    Raises:
+        ValueError: a timm model's, whose transforms are for 8 bits.
+    """
+    if isinstance(image_processor, TimmWrapperImageProcessor):
+        raise ValueError("timm's image processors take images of 8 bits a channel. Convert the images, or the model.")
+    mean, std = (values.flatten().tolist() for values in mean_and_std(image_processor, num_channels))
+    names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square")
+    fields = {name: value for name, value in image_processor.to_dict().items() if name in names}
+    return DINOImageProcessor(parse_value_range(value_range), image_mean=mean, image_std=std, **fields)
+
+
+def reading_of(args: Namespace, model: PreTrainedModel | RawPixels) -> Reading:
+    """How a command reads images for a model."""
+    return Reading(num_channels(model.config), args.background, args.tiff_pages, args.max_image_pixels)
 
 
 def load_weights(model_class, source: str, **options) -> tuple[PreTrainedModel, dict]:
@@ -237,8 +272,18 @@ def mean_and_std(image_processor, num_channels: int) -> tuple[torch.Tensor, torc
     return tuple(torch.as_tensor(value).float().view(-1, 1, 1).expand(num_channels, 1, 1) for value in values)
 
 
+def to_values(image_processor, pixels: np.ndarray) -> np.ndarray:
+    """Pixels (channels, height, width) in uint8 as they are; what an image processor scales, in fp32 from 0 to 1."""
+    if isinstance(image_processor, DINOImageProcessor):
+        return scale_values(pixels, image_processor.value_range)
+    return pixels if pixels.dtype == np.uint8 else scale_values(pixels)
+
+
 def to_pixel_values(image_processor, images: list[np.ndarray]) -> torch.Tensor:
-    """Images (channels, height, width) of uint8 -> a batch, as the image processor makes it."""
+    """Images (channels, height, width) -> a batch, as the image processor makes it."""
+    is_scaling = isinstance(image_processor, DINOImageProcessor)
+    if not is_scaling and any(image.dtype != np.uint8 for image in images):
+        image_processor = scaling(image_processor, len(images[0]))
     if isinstance(image_processor, TimmWrapperImageProcessor):
         images = [image.transpose(1, 2, 0).squeeze() for image in images]
         return image_processor(images, return_tensors="pt")["pixel_values"]

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
-from .features import DTYPES, Features, extract_features, features_of, find_eval_split
-from .images import decode_image, load_images
-from .models import load_model, num_channels
+from .decoding import Reading, decode_image
+from .features import Features, extract_features, features_of, find_eval_split, images_of, load_model_of
+from .models import reading_of, to_values
 from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
 
 
@@ -108,12 +108,19 @@ def _name(features: Features, index: int) -> str:
 def _find_pictures(args: Namespace, features: Features, split: str, indices: np.ndarray) -> dict[int, np.ndarray]:
     """The pixels of some images of the split that features are of, by index, decoded once each."""
     name, config = (args.dataset_name or features.data["name"]), args.dataset_config_name or features.data["config"]
-    dataset = load_images(name, config, split, args.image_column, args.label_column)
+    dataset = images_of(Namespace(**vars(args) | {"dataset_name": name, "dataset_config_name": config}), split)
     if len(dataset) != len(features):
         raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are {len(features)} features")
-    channels = num_channels(load_model(args.model, args.image_size, DTYPES[args.dtype])[0].config) if args.model else 3
+    reading, image_processor = Reading(3), None
+    if args.model:
+        model, image_processor = load_model_of(args)
+        reading = reading_of(args, model)
+    reading = reading.of(dataset.features)
     return {
-        index: to_picture(decode_image(dataset[index]["image"], channels)) for index in np.unique(indices).tolist()
+        index: to_picture(
+            to_values(image_processor, decode_image(dataset[index]["image"], reading)), args.display_channels
+        )
+        for index in np.unique(indices).tolist()
     }
 
 
@@ -141,8 +148,11 @@ def measure(args: Namespace) -> None:
     train = features_of(args, args.train_split)
     own = None
     if rows is not None:
-        model, image_processor = load_model(args.model, args.image_size, DTYPES[args.dtype])
-        queries = extract_features(model, Dataset.from_list(rows), image_processor, args.batch_size, args.num_workers)
+        model, image_processor = load_model_of(args)
+        reading = reading_of(args, model)
+        queries = extract_features(
+            model, Dataset.from_list(rows), image_processor, args.batch_size, args.num_workers, reading=reading
+        )
         shown = np.arange(len(rows))
     else:
         split = find_eval_split(args)
@@ -155,8 +165,10 @@ def measure(args: Namespace) -> None:
 
     pictures = _find_pictures(args, train, args.train_split, indices)
     if rows is not None:
-        channels = num_channels(model.config)
-        query_pictures = [to_picture(decode_image(row["image"], channels)) for row in rows]
+        query_pictures = [
+            to_picture(to_values(image_processor, decode_image(row["image"], reading)), args.display_channels)
+            for row in rows
+        ]
         query_names = [Path(row["image"]["path"]).stem for row in rows]
     else:
         by_index = _find_pictures(args, queries, split, shown)

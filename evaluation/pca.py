@@ -19,10 +19,20 @@ from transformers import PreTrainedModel
 from modeling_dino.command_line import Parser
 
 from .arguments import add_images, add_model
-from .features import find_eval_split
-from .images import decode_image, load_images
+from .decoding import decode_image
+from .features import find_eval_split, images_of
 from .landmarks import crop_to_patches
-from .models import RawPixels, load_model, mean_and_std, network_of, num_channels, patch_size, tokens
+from .models import (
+    RawPixels,
+    load_model,
+    mean_and_std,
+    network_of,
+    num_channels,
+    patch_size,
+    reading_of,
+    to_values,
+    tokens,
+)
 from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
 
 
@@ -85,8 +95,8 @@ def patch_map(model: PreTrainedModel, pixel_values: torch.Tensor) -> np.ndarray:
 
 
 def resize_and_crop(pixels: np.ndarray, size: int, patch_size: int) -> np.ndarray:
-    """Pixels (channels, height, width) in uint8, their shorter side made `size` by Pillow's bicubic filter, and cut
-    to whole patches at the right and at the bottom."""
+    """Make the shorter side of pixels (channels, height, width) `size` by Pillow's bicubic filter, and cut them to
+    whole patches at the right and at the bottom."""
     height, width = pixels.shape[1:]
     scale = size / min(height, width)
     shape = (round(width * scale), round(height * scale))
@@ -138,20 +148,20 @@ def measure(args: Namespace) -> None:
     if args.image:
         rows = find_images(args.image)
     else:
-        dataset = load_images(
-            args.dataset_name, args.dataset_config_name, find_eval_split(args), args.image_column, None, args.streaming
-        )
+        dataset = images_of(args, find_eval_split(args), with_labels=False)
         rows = dataset.shuffle(seed=args.seed).take(args.num_images)
-    model, image_processor = load_model(args.model)
+    model, image_processor = load_model(args.model, value_range=args.value_range and tuple(args.value_range))
     if isinstance(model, RawPixels):
         raise ValueError("raw pixels have no patches; give a model")
-    channels = num_channels(model.config)
-    mean, std = mean_and_std(image_processor, channels)
+    mean, std = mean_and_std(image_processor, num_channels(model.config))
+    reading = reading_of(args, model)
+    reading = reading if args.image else reading.of(dataset.features)
     images, maps = [], []
     for row in tqdm(rows, "patches", leave=False, disable=None):
-        pixels = resize_and_crop(decode_image(row["image"], channels), args.image_size, patch_size(model))
+        pixels = to_values(image_processor, decode_image(row["image"], reading))
+        pixels = resize_and_crop(pixels, args.image_size, patch_size(model))
         pixel_values = (to_tensor(pixels.transpose(1, 2, 0)) - mean) / std
-        images.append(to_picture(pixels))
+        images.append(to_picture(pixels, args.display_channels))
         maps.append(patch_map(model, pixel_values))
     components, colors = principal_components(maps, args.foreground)
     arrays = {f"components_{number}": values for number, values in enumerate(components)}

@@ -9,7 +9,7 @@ import numpy as np
 from modeling_dino.command_line import Parser
 
 from .descriptors import image_rows
-from .images import IMAGE_SUFFIXES
+from .folders import list_folder
 from .outputs import check_outputs, mark, write_arrays, write_figure
 
 
@@ -25,7 +25,17 @@ def add_picture(parser: Parser, output: str, num_images: int, meaning: str) -> N
         help="without --image, how many of the data set to show (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
+    add_display_channels(parser)
     add_files(parser, output)
+
+
+def add_display_channels(parser: Parser) -> None:
+    parser.add_argument(
+        "--display_channels",
+        nargs="+",
+        type=int,
+        help="three channels, from 0, shown as red, green and blue, or one as gray. Default: the first three",
+    )
 
 
 def add_files(parser: Parser, output: str) -> None:
@@ -56,17 +66,41 @@ def find_images(given: Sequence[str]) -> list[dict]:
     paths = []
     for name in given:
         path = Path(name).expanduser()
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if path.is_dir() and not found:
+        found = [path / file.name for file in list_folder(path).images] if path.is_dir() else [path]
+        if not found:
             raise ValueError(f"there is no image in the folder {name}")
-        paths += found if path.is_dir() else [path]
+        paths += found
     return image_rows(paths)
 
 
-def to_picture(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (channels, height, width) -> RGB (height, width, 3); of fewer than 3 channels, the first in grey."""
-    pixels = pixels[:3] if len(pixels) >= 3 else np.repeat(pixels[:1], 3, axis=0)
-    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+def to_picture(pixels: np.ndarray, display_channels: Sequence[int] | None = None) -> np.ndarray:
+    """Pixels (channels, height, width) in uint8, or fp32 from 0 to 1 -> RGB (height, width, 3) in uint8.
+
+    Args:
+        pixels: Of any number of channels.
+        display_channels: Three channels, from 0, that become red, green and blue, or one that becomes gray. Default:
+            the first three; of two, the first.
+    """
+    if pixels.dtype != np.uint8:
+        pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+    chosen = choose_channels(len(pixels), display_channels)
+    return np.ascontiguousarray(pixels[chosen].transpose(1, 2, 0))
+
+
+def choose_channels(num_channels: int, display_channels: Sequence[int] | None = None) -> list[int]:
+    """The channels that become red, green and blue, see `to_picture`.
+
+    Raises:
+        ValueError: another number of channels than 1 or 3, or a channel that is not there.
+    """
+    if not display_channels:
+        return [0, 1, 2] if num_channels >= 3 else [0, 0, 0]
+    if len(display_channels) not in (1, 3) or not all(0 <= channel < num_channels for channel in display_channels):
+        raise ValueError(
+            f"display_channels must be 1 or 3 numbers from 0 to {num_channels - 1}, got "
+            f"{' '.join(map(str, display_channels))}"
+        )
+    return list(display_channels) * (3 // len(display_channels))
 
 
 def write_files(args: Namespace, figure, arrays: dict[str, np.ndarray]) -> None:

@@ -26,6 +26,7 @@ from datasets import load_dataset_builder
 
 from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest, one_line
 
+from .arguments import READING
 from .images import is_path
 from .models import revision_of
 from .outputs import check_outputs, is_from, mark, replacing, write_figure, write_text
@@ -36,7 +37,10 @@ from .report import Report, format_value, short_name
 
 # see other crops of an image in every epoch, so that kept features are not for them
 _AUGMENTED = ("linear", "finetune")
-_ABOUT_FEATURES = ("dataset_name", "dataset_config_name", "image_column", "label_column", "image_size", "dtype")
+_ABOUT_FEATURES = (
+    *("dataset_name", "dataset_config_name", "image_column", "label_column", "image_size", "dtype"),
+    *READING,
+)
 
 
 # how tables begin, by which they are recognized

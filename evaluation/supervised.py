@@ -22,9 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
-from .features import check_class_names, class_names, find_eval_split
-from .images import decode_image, load_images, pixel_hash
-from .models import mean_and_std, to_pixel_values
+from .decoding import Reading, decode_image, pixel_hash
+from .features import class_names, find_eval_split, images_of
+from .labels import labelled_rows
+from .models import mean_and_std, to_pixel_values, to_values
 from .outputs import check_outputs, replacing, write_text
 from .workers import Loader
 
@@ -73,22 +74,31 @@ class AugmentedImages(torch.utils.data.Dataset):
     Args:
         dataset: Rows of `load_images`.
         targets: (images,), classes from 0.
-        transform: From torchvision; gets a Pillow image, or a tensor (channels, height, width) of uint8 where Pillow
-            does not know the number of channels.
-        num_channels: Channels that the model takes.
+        transform: From torchvision; gets a Pillow image, or a tensor (channels, height, width) where Pillow does not
+            know the number of channels or the type: of uint8, or of fp32 from 0 to 1.
+        image_processor: Says how to scale values.
+        reading: How images are read.
         seed: Of the run.
     """
 
-    def __init__(self, dataset: Dataset, targets: np.ndarray, transform: nn.Module, num_channels: int, seed: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        targets: np.ndarray,
+        transform: nn.Module,
+        image_processor,
+        reading: Reading,
+        seed: int,
+    ):
         self.dataset, self.targets, self.transform = dataset, targets, transform
-        self.num_channels, self.seed = num_channels, seed
+        self.image_processor, self.reading, self.seed = image_processor, reading.of(dataset.features), seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = key
-        pixels = decode_image(self.dataset[index]["image"], self.num_channels)
-        image = torch.from_numpy(pixels)
-        if self.num_channels in PILLOW_MODES:
-            image = v2.functional.to_pil_image(image, PILLOW_MODES[self.num_channels])
+        pixels = decode_image(self.dataset[index]["image"], self.reading)
+        image = torch.from_numpy(to_values(self.image_processor, pixels))
+        if self.reading.num_channels in PILLOW_MODES and image.dtype == torch.uint8:
+            image = v2.functional.to_pil_image(image, PILLOW_MODES[self.reading.num_channels])
         with seeded(self.seed, "image", epoch, index):
             return self.transform(image), int(self.targets[index]), pixel_hash(pixels)
 
@@ -154,8 +164,8 @@ def normalize(image_processor, num_channels: int) -> list[nn.Module]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
 
 
-def load_splits(args: Namespace) -> tuple[Dataset, Dataset]:
-    """The training and the test split by a command's arguments, with labels.
+def load_splits(args: Namespace) -> tuple[Dataset, Dataset, list, list]:
+    """Images with a label of the training and the test split by a command's arguments, and the labels of both.
 
     Raises:
         ValueError: a stream, no split to evaluate on but the training split, or no column of labels.
@@ -164,17 +174,19 @@ def load_splits(args: Namespace) -> tuple[Dataset, Dataset]:
         raise ValueError("give --model and --dataset_name")
     if args.streaming:
         raise ValueError(f"{args.protocol} draws images in a random order: leave --streaming out")
-    splits = []
+    splits, labels, names = [], [], None
     for split in (args.train_split, evaluation_split(args)):
-        columns = (args.image_column, args.label_column)
-        splits.append(load_images(args.dataset_name, args.dataset_config_name, split, *columns))
-        if "label" not in splits[-1].column_names:
+        dataset = images_of(args, split)
+        if "label" not in dataset.column_names:
             raise ValueError(
                 f"{args.protocol} needs labels, and split {split} of {args.dataset_name} has no label column; name it "
                 "by --label_column"
             )
-    check_class_names(*(class_names(split) for split in splits))
-    return tuple(splits)
+        dataset, numbers = labelled_rows(dataset, split, like=names)
+        names = names or class_names(dataset)
+        splits.append(dataset)
+        labels.append(numbers)
+    return *splits, *labels
 
 
 def evaluation_split(args: Namespace) -> str:
@@ -218,7 +230,7 @@ def index_classes(
         others = np.unique(test_labels[is_unknown])
         raise ValueError(
             f"{is_unknown.sum()} of the {len(test_labels)} test images are of classes that the training images lack "
-            f"({len(others)}, such as {others[0] if names is None else names[others[0]]})"
+            f"({len(others)}{'' if names else f', such as {others[0]}'})"
         )
     if names is not None:
         return list(names), train_labels.astype(np.int64), test_labels.astype(np.int64)

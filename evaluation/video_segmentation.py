@@ -28,7 +28,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD
 from modeling_dino.command_line import Parser, nearest
 
 from .arguments import add_model, add_output
-from .images import IMAGE_SUFFIXES, BrokenImageError, EncodedImage, decode_image, image_content
+from .decoding import IMAGE_SUFFIXES, BrokenImageError, EncodedImage, Reading, decode_8_bits, image_content
 from .models import describe_model, load_model, mean_and_std, num_channels, patch_size, tokens
 from .outputs import check_outputs, mark, write_picture
 from .processes import of_all_processes
@@ -286,7 +286,7 @@ def _find_video(root: Path, name: str) -> Video:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    image = EncodedImage({"path": str(path), "bytes": None}, 3)
+    image = EncodedImage({"path": str(path), "bytes": None}, Reading(3))
     return image.height, image.width
 
 
@@ -357,7 +357,7 @@ def read_frame(path: Path, size: tuple[int, int], mean: torch.Tensor, std: torch
 
     OpenCV computes in fixed point: by its formula, 0.04 % of the values differ, by one of 255 levels.
     """
-    pixels = decode_image({"path": str(path), "bytes": None}, len(mean))
+    pixels = decode_8_bits({"path": str(path), "bytes": None}, Reading(len(mean)))
     frame = torch.from_numpy(np.ascontiguousarray(pixels))[None].float()
     frame = F.interpolate(frame, size=size, mode="bilinear", align_corners=False).round()
     return (frame / 255 - mean) / std

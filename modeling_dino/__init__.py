@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .configuration_dino import DINOConfig
+from .image_processing_dino import DINOImageProcessor
 from .modeling_dino import (
     DINOBackbone,
     DINOForImageClassification,
@@ -35,6 +36,13 @@ for _auto_class, _model_class in (
 AutoImageProcessor.register(
     DINOConfig, image_processor_classes={"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}, exist_ok=True
 )
+# a key of its own: AutoImageProcessor finds the class by its name, and chooses a backend among those of the same key
+AutoImageProcessor.register(
+    DINOImageProcessor,
+    image_processor_classes={"torchvision": DINOImageProcessor, "pil": DINOImageProcessor},
+    exist_ok=True,
+)
+DINOImageProcessor.register_for_auto_class()
 
 __all__ = [
     "DINOBackbone",
@@ -42,6 +50,7 @@ __all__ = [
     "DINOForImageClassification",
     "DINOForPreTraining",
     "DINOHead",
+    "DINOImageProcessor",
     "DINOModel",
     "DINOPreTrainedModel",
 ]

@@ -1,7 +1,9 @@
-"""The transform of the paper's evaluation, as an image processor that needs no code of ours."""
+"""The transform of the paper's evaluation, as an image processor: transformers' own, or ours for scientific images."""
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from PIL.Image import Resampling
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -10,17 +12,129 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
+def parse_value_range(value_range: Sequence[str | float] | None) -> list[str] | list[float] | None:
+    """Return a range of values in its one form: None, two numbers, or two percentiles such as ["p1", "p99"].
+
+    Raises:
+        ValueError: anything else, or a low end that is not below the high one.
+    """
+    if not value_range:
+        return None
+    ends = [str(end) for end in value_range]
+    are_percentiles = [end.startswith("p") for end in ends]
+    try:
+        low, high = (float(end.removeprefix("p")) for end in ends)
+        is_allowed = low < high and np.isfinite([low, high]).all() and len(set(are_percentiles)) == 1
+        is_allowed = is_allowed and (not are_percentiles[0] or 0 <= low and high <= 100)
+    except ValueError:
+        is_allowed = False
+    if not is_allowed:
+        raise ValueError(
+            "value_range must be two numbers, low < high, or two percentiles, as p1 p99, got "
+            f"{' '.join(ends)}. Leave it out to scale integers by the range of their type."
+        )
+    return [f"p{low:g}", f"p{high:g}"] if are_percentiles[0] else [low, high]
+
+
+def scale_values(pixels: np.ndarray, value_range: Sequence[str | float] | None = None) -> np.ndarray:
+    """Scale values of any type to fp32 in [0, 1]; values beyond the range are clipped, NaN becomes 0.
+
+    Args:
+        pixels: (channels, height, width).
+        value_range: What becomes 0 and 1: two numbers; or two percentiles, as ["p1", "p99"], of each channel of each
+            image. Default: the range of the integer type.
+
+    Raises:
+        ValueError: floats without `value_range`, as their type has no range.
+    """
+    value_range = parse_value_range(value_range)
+    is_exact = pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32  # in fp32
+    values = pixels.astype(np.float32 if is_exact else np.float64)
+    if value_range is None:
+        if pixels.dtype.kind not in "ui":
+            raise ValueError(
+                f"images of {pixels.dtype} have no range of values. Give --value_range LOW HIGH, or as percentiles "
+                "--value_range p1 p99"
+            )
+        low, high = float(np.iinfo(pixels.dtype).min), float(np.iinfo(pixels.dtype).max)
+    elif isinstance(value_range[0], str):
+        percentiles = [float(end[1:]) for end in value_range]
+        finite = np.where(np.isfinite(values), values, np.nan)
+        finite[np.isnan(finite).all(axis=(1, 2))] = 0
+        low, high = np.nanpercentile(finite, percentiles, axis=(1, 2), keepdims=True).astype(values.dtype)
+        high = np.where(high > low, high, low + 1)  # a channel of one value becomes 0
+    else:
+        low, high = value_range
+    scaled = np.clip((values - low) / (high - low), 0, 1)
+    return np.nan_to_num(scaled, nan=0.0).astype(np.float32)
+
+
+def to_channels_first(array: np.ndarray, num_channels: int) -> np.ndarray:
+    """Array of an image -> (num_channels, height, width).
+
+    Args:
+        array: (height, width), channels before or after them, or pages and channels before them, as tifffile reads
+            stacks. One channel serves a network of three.
+        num_channels: Channels of the network.
+
+    Raises:
+        ValueError: other numbers of channels.
+    """
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and shape[0] not in (num_channels, 1) and shape[-1] in (num_channels, 1):
+        array = array.transpose(2, 0, 1)
+    elif array.ndim > 3:
+        array = array.reshape(-1, *shape[-2:])
+    if len(array) == 1 and num_channels == 3 and array.ndim == 3:
+        array = np.repeat(array, 3, axis=0)
+    if array.ndim != 3 or len(array) != num_channels:
+        raise ValueError(f"the model takes {num_channels} channels, got an array of the shape {shape}")
+    return array
+
+
+class DINOImageProcessor(ViTImageProcessor):
+    """`ViTImageProcessor` for images of more than 8 bits or more than 4 channels, which it scales to [0, 1] first.
+
+    Takes arrays and tensors (channels, height, width), or what `to_channels_first` makes that of, and Pillow images.
+
+    Args:
+        value_range: See `scale_values`.
+        **kwargs: Those of `ViTImageProcessor`; `image_mean` has an entry for each channel.
+    """
+
+    def __init__(self, value_range: Sequence[str | float] | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.value_range = parse_value_range(value_range)
+
+    def preprocess(self, images, **kwargs):
+        images = images if isinstance(images, (list, tuple)) else [images]
+        num_channels = len(self.image_mean)
+        arrays = [to_channels_first(np.asarray(image), num_channels) for image in images]
+        scaled = [torch.from_numpy(scale_values(array, self.value_range)) for array in arrays]
+        return super().preprocess(
+            scaled, **kwargs | {"do_rescale": False, "do_convert_rgb": False, "input_data_format": "channels_first"}
+        )
+
+    def resize(self, image: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Resize, and clip where bicubic resampling overshoots, as that of 8-bit pixels does."""
+        return super().resize(image, *args, **kwargs).clamp(0, 1)
+
+
 def make_image_processor(
     image_size: int,
     num_channels: int = 3,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
     crop_pct: float = 0.875,
+    value_range: Sequence[str | float] | None = None,
+    is_deep: bool = False,
 ) -> ViTImageProcessorPil | ViTImageProcessor:
-    """Shorter side to `image_size / crop_pct` (bicubic), centre crop, normalise: what the original evaluates with.
+    """Shorter side to `image_size / crop_pct` (bicubic), center crop, normalize: what the original evaluates with.
 
     The stock processor of ViT does all of it. Its Pillow kind, the same to the pixel as torchvision's transforms on
-    PIL images, where Pillow knows the number of channels.
+    PIL images, where Pillow knows the number of channels. Images that are not of 8 bits take `DINOImageProcessor`.
 
     Args:
         image_size: Side of the crop.
@@ -28,8 +142,13 @@ def make_image_processor(
         image_mean: Mean of each channel, of 1; one value serves all.
         image_std: Standard deviation of each channel, of 1; one value serves all.
         crop_pct: Side of the crop over the resized image's shorter side.
+        value_range: See `scale_values`.
+        is_deep: Whether images have more than 8 bits a channel.
     """
     processor_class = ViTImageProcessorPil if num_channels in PILLOW_MODES else ViTImageProcessor
+    options = {"do_convert_rgb": num_channels == 3}
+    if is_deep or value_range:
+        processor_class, options = DINOImageProcessor, {"value_range": value_range}
     mean, std = (
         list(values) * num_channels if len(values) == 1 else list(values) for values in (image_mean, image_std)
     )
@@ -40,5 +159,5 @@ def make_image_processor(
         crop_size={"height": image_size, "width": image_size},
         image_mean=mean,
         image_std=std,
-        do_convert_rgb=num_channels == 3,
+        **options,
     )

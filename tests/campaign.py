@@ -39,7 +39,7 @@ GRACE = 60  # seconds more that are waited, to tell slow from never
 
 # where an exception can come from, and what is replaced to bring it; each is called with its original
 POINTS = {
-    "decoding": "evaluation.images:EncodedImage.decode",
+    "decoding": "evaluation.decoding:EncodedImage.decode",
     "loader": "training.data:CropLoader._next_on_all",
     "step": "training.train:backpropagate",
     "optimizer": "training.train:update_teacher_",

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from evaluation.images import BrokenImageError, EncodedImage
+from evaluation.decoding import BrokenImageError, EncodedImage, Reading
 from training import augmentation
 from training.augmentation import AugmentationArguments, MultiCrop, Photometrics
 
@@ -358,7 +358,7 @@ def picture() -> np.ndarray:
 def test_crops_have_the_sizes_and_number_of_the_settings(global_size, local_size, num_local, num_channels):
     args = AugmentationArguments(global_crop_size=global_size, local_crop_size=local_size, num_local_crops=num_local)
     image = smooth_image(0, 50, 70, num_channels).transpose(2, 0, 1).copy()
-    crops, drawn = MultiCrop(args, 0)(EncodedImage(image, num_channels), 0, 0)
+    crops, drawn = MultiCrop(args, 0)(EncodedImage(image, Reading(num_channels)), 0, 0)
     sizes = [global_size] * 2 + [local_size] * num_local
     assert [tuple(crop.shape) for crop in crops] == [(num_channels, size, size) for size in sizes]
     assert all(crop.dtype == torch.uint8 for crop in crops)
@@ -369,7 +369,7 @@ def test_crops_have_the_sizes_and_number_of_the_settings(global_size, local_size
 def test_pixels_of_crops_equal_those_of_pillow(picture, monkeypatch):
     boxes = np.array([[0, 0, 60, 80], [5, 11, 40, 44], [30, 2, 13, 9], [59, 79, 1, 1], [7, 0, 50, 40]])
     monkeypatch.setattr(augmentation, "draw_boxes", lambda *_: boxes)
-    crops, _ = MultiCrop(small_args(), 0)(EncodedImage(picture, 3), 0, 0)
+    crops, _ = MultiCrop(small_args(), 0)(EncodedImage(picture, Reading(3)), 0, 0)
     for crop, box in zip(crops, boxes.tolist()):
         size = list(crop.shape[1:])
         expected = F.resized_crop(Image.fromarray(picture), *box, size, InterpolationMode.BICUBIC)
@@ -404,7 +404,7 @@ def test_large_jpegs_are_decoded_as_large_as_every_crop_needs_them(reductions, m
     multi_crop = MultiCrop(small_args(local_crop_size=local_size), 0)
     image = {"bytes": jpeg(smooth_image(0, 1201, 1602)), "path": None}
     for position in range(12):
-        multi_crop(EncodedImage(image, 3), 0, position)
+        multi_crop(EncodedImage(image, Reading(3)), 0, position)
     for boxes, reduction in zip(drawn, reductions, strict=True):
         spare = boxes[:, 2:].min(1) / ([32, 32] + [local_size] * 3)
         assert reduction == 1 or (spare >= reduction).all()
@@ -420,8 +420,8 @@ def test_crops_of_a_reduced_jpeg_are_those_of_the_whole_one(reductions, orientat
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     multi_crop = MultiCrop(small_args(), 0)
     for position in range(8):
-        reduced, _ = multi_crop(EncodedImage({"bytes": content, "path": None}, 3), 0, position)
-        whole, _ = multi_crop(EncodedImage(np.array(upright), 3), 0, position)
+        reduced, _ = multi_crop(EncodedImage({"bytes": content, "path": None}, Reading(3)), 0, position)
+        whole, _ = multi_crop(EncodedImage(np.array(upright), Reading(3)), 0, position)
         for crop, expected in zip(reduced, whole, strict=True):
             crop, expected = crop.float(), expected.float()
             by_a_pixel = (expected.diff(dim=1).abs().mean() + expected.diff(dim=2).abs().mean()) / 2
@@ -433,12 +433,12 @@ def test_jpeg_that_is_cut_off_is_broken_at_any_size():
     content = jpeg(smooth_image(0, 901, 1203))
     for reduction in (1, 2, 4, 8):
         with pytest.raises(BrokenImageError) as error:
-            EncodedImage({"bytes": content[: len(content) * 2 // 3], "path": None}, 3).decode(reduction)
+            EncodedImage({"bytes": content[: len(content) * 2 // 3], "path": None}, Reading(3)).decode(reduction)
         assert error.value.kind == "damaged"
 
 
 def test_other_files_than_jpegs_are_decoded_whole(picture):
-    image = EncodedImage({"bytes": png(picture), "path": None}, 3)
+    image = EncodedImage({"bytes": png(picture), "path": None}, Reading(3))
     np.testing.assert_array_equal(image.decode(reduction=8), picture.transpose(2, 0, 1))
 
 
@@ -453,19 +453,19 @@ def equal_draws(one, other) -> bool:
 def test_crops_of_an_epoch_are_always_the_same(picture):
     image = {"bytes": png(picture), "path": None}
     one = MultiCrop(small_args(), seed=3)
-    first = one(EncodedImage(image, 3), 2, 7)
-    one(EncodedImage(picture, 3), 2, 8)
+    first = one(EncodedImage(image, Reading(3)), 2, 7)
+    one(EncodedImage(picture, Reading(3)), 2, 8)
     np.random.seed(1)
     torch.manual_seed(1)
     for multi_crop in (one, MultiCrop(small_args(), seed=3)):
-        again = multi_crop(EncodedImage(image, 3), 2, 7)
+        again = multi_crop(EncodedImage(image, Reading(3)), 2, 7)
         assert equal_crops(first, again) and equal_draws(first, again)
 
 
 @pytest.mark.parametrize("seed, epoch, position", [(4, 2, 7), (3, 1, 7), (3, 2, 8)])
 def test_another_seed_epoch_or_position_gives_other_crops(picture, seed, epoch, position):
-    first = MultiCrop(small_args(), seed=3)(EncodedImage(picture, 3), 2, 7)
-    other = MultiCrop(small_args(), seed=seed)(EncodedImage(picture, 3), epoch, position)
+    first = MultiCrop(small_args(), seed=3)(EncodedImage(picture, Reading(3)), 2, 7)
+    other = MultiCrop(small_args(), seed=seed)(EncodedImage(picture, Reading(3)), epoch, position)
     assert not any(torch.equal(a, b) for a, b in zip(first[0], other[0]))
     assert not np.isclose(first[1].factors, other[1].factors).any()
 
@@ -484,7 +484,7 @@ def test_settings_of_photometrics_are_honoured(picture):
         "solarize_probability": [1.0, 0.0, 1.0],
     }
     multi_crop = MultiCrop(small_args(**settings), 0)
-    drawn = [multi_crop(EncodedImage(picture, 3), 0, i)[1] for i in range(40)]
+    drawn = [multi_crop(EncodedImage(picture, Reading(3)), 0, i)[1] for i in range(40)]
     drawn = Photometrics(*(np.stack(field) for field in zip(*drawn)))
     assert not drawn.flip.any() and drawn.jitter.all() and drawn.grayscale.all()
     assert (drawn.factors[..., 0] == 1).all() and np.abs(drawn.factors[..., 1] - 1).max() <= 0.0101

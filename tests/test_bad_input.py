@@ -206,10 +206,10 @@ def test_data(recipe, flat_folder, tmp_path, out, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.doc").write_text("no image")
     message = ask(tmp_path / "texts")
-    assert "no images in" in message and "looked in all folders" in message and "found 1 files (.doc)" in message
-    # a folder of its own: of one that was prepared before, `datasets` remembers the length
-    shutil.copytree(flat_folder, tmp_path / "stream")
-    assert "the length of this stream is unknown: give --num_examples" in ask(tmp_path / "stream", "--streaming")
+    assert "no images in" in message and "looked in all folders" in message and "found 1 files (1 .doc)" in message
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(flat_folder / "0.png", "0.png")
+    assert "the length of this stream is unknown: give --num_examples" in ask(tmp_path / "shard.tar", "--streaming")
     assert "--eval_steps needs labels" in ask(flat_folder, "--eval_steps", "1", "--eval_split", "train")
 
 
@@ -247,7 +247,7 @@ def test_evaluation(parquet_folder, flat_folder, tmp_path, capsys):
         return answer(evaluate_from_command_line, argv, capsys)
 
     assert "there is no option --modle, did you mean --model?" in ask("knn", "--modle", "x")
-    assert "has no labels, or not of every image" in ask(
+    assert "has no labels" in ask(
         "knn", "--model", "x", "--dataset_name", flat_folder, "--eval_split", "train"
     )
     assert "no_model" in ask("knn", "--model", tmp_path / "no_model", "--dataset_name", parquet_folder)
@@ -297,8 +297,8 @@ def test_file_name_that_is_not_utf8_is_named(recipe, flat_folder, tmp_path, out)
     folder = shutil.copytree(flat_folder, tmp_path / "images")
     (folder / "0.png").rename(os.fsdecode(bytes(folder) + b"/gr\xfcn\x1b[31m.png"))
     finished = command(*recipe(), "--dataset_name", folder, *out)
-    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
-    assert r"such as " + str(folder) + r"/gr\udcfcn\x1b[31m.png." in finished.stderr
+    assert finished.returncode == 0 and finished.stderr.count("\n") == 1, finished.stderr
+    assert r"1 image files are not read: names that are not UTF-8, such as gr\udcfcn\x1b[31m.png" in finished.stderr
 
 
 def test_odd_names_of_files_that_are_not_read_do_not_matter(flat_folder, tmp_path):

@@ -16,7 +16,8 @@ from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from scipy import stats
 
-from evaluation.images import BrokenImageError, decode_image, image_content, load_images
+from evaluation.decoding import BrokenImageError, Reading, decode_image, image_content
+from evaluation.images import load_images
 from training import data
 from training.arguments import TrainingArguments
 from training.augmentation import finish_crops
@@ -55,7 +56,7 @@ def numbered_images(numbers, column: str = "image") -> Dataset:
 
 
 def numbers_of(dataset) -> list[int]:
-    return [int(decode_image(row["image"], 3)[0, 0, 0]) for row in dataset]
+    return [int(decode_image(row["image"], Reading(3))[0, 0, 0]) for row in dataset]
 
 
 # load_images
@@ -169,7 +170,7 @@ def test_no_word_in_a_file_name_takes_an_image_away(tmp_path, names, labels, str
     for number, name in enumerate(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encoded(numbered_picture(number)))
-    dataset = load_images(str(tmp_path), streaming=streaming)
+    dataset = load_images(str(tmp_path), streaming=streaming, folder_layout="classes" if labels else "auto")
     assert sorted(numbers_of(dataset)) == list(range(5))
     assert (set(dataset.features["label"].names) if labels else dataset.column_names) == (labels or ["image"])
 
@@ -248,8 +249,8 @@ def test_no_image_column_is_an_error_that_lists_the_columns(tmp_path, streaming)
 @pytest.mark.parametrize(
     ("feature", "rows", "message"),
     [
-        (datasets.Image(), [{"bytes": b"x", "path": None}], "column other holds no labels"),
-        (datasets.Sequence(Value("int64")), [[1, 2]], "column other holds no labels"),
+        (datasets.Image(), [{"bytes": b"x", "path": None}], "column other holds Image"),
+        (datasets.Sequence(Value("int64")), [[1, 2]], "column other holds lists, and labels must be one an image"),
     ],
 )
 def test_column_that_is_no_label_is_an_error(tmp_path, feature, rows, message):
@@ -311,7 +312,7 @@ def test_photograph_is_turned_upright():
     exif[0x0112] = 6  # stored on its side, to be turned clockwise
     content = encoded(np.rot90(upright).copy(), "jpeg", quality=100, subsampling=0, exif=exif)
     assert Image.open(io.BytesIO(content)).size == (24, 16)
-    pixels = decode_image(undecoded(content), 3)
+    pixels = decode_image(undecoded(content), Reading(3))
     assert pixels.shape == (3, 24, 16)
     np.testing.assert_allclose(pixels.transpose(1, 2, 0), upright, atol=8)
 
@@ -322,7 +323,7 @@ def test_file_of_any_mode_gets_the_channels_of_the_model(mode, num_channels, tar
     image = Image.fromarray(numbered_picture(200)).convert(mode)
     file = io.BytesIO()
     image.save(file, "tiff")
-    pixels = decode_image(undecoded(file.getvalue()), num_channels)
+    pixels = decode_image(undecoded(file.getvalue()), Reading(num_channels))
     assert pixels.dtype == np.uint8 and pixels.shape == (num_channels, 20, 24)
     for channel, expected in zip(pixels, image.convert(target).split(), strict=True):
         np.testing.assert_array_equal(channel, np.array(expected))
@@ -330,16 +331,19 @@ def test_file_of_any_mode_gets_the_channels_of_the_model(mode, num_channels, tar
 
 def test_file_is_read_from_its_path_or_from_bytes_at_hand(tmp_path):
     (tmp_path / "image.png").write_bytes(encoded(numbered_picture(3)))
-    from_path = decode_image({"bytes": None, "path": str(tmp_path / "image.png")}, 3)
+    from_path = decode_image({"bytes": None, "path": str(tmp_path / "image.png")}, Reading(3))
     np.testing.assert_array_equal(from_path, numbered_picture(3).transpose(2, 0, 1))
     at_hand = {"bytes": encoded(numbered_picture(4)), "path": str(tmp_path / "image.png")}
-    np.testing.assert_array_equal(decode_image(at_hand, 3), numbered_picture(4).transpose(2, 0, 1))
+    np.testing.assert_array_equal(decode_image(at_hand, Reading(3)), numbered_picture(4).transpose(2, 0, 1))
+
+
+DEEP_PPM = b"P6 4 4 65535\n" + bytes(96)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (encoded(np.full((4, 4), 3000, np.uint16)), "photo.png has Pillow's mode I;16"),
+        (DEEP_PPM, "photo.png has 16 bits a channel, of which Pillow reads 8"),
         (encoded(numbered_picture(0))[:200], "photo.png cannot be decoded: "),
         (b"no image at all", "photo.png cannot be decoded: no image file"),
         (b"", "photo.png cannot be decoded: "),
@@ -347,7 +351,7 @@ def test_file_is_read_from_its_path_or_from_bytes_at_hand(tmp_path):
 )
 def test_image_that_cannot_be_decoded_faithfully_is_an_error_that_names_it(content, message):
     with pytest.raises(ValueError, match=message):
-        decode_image({"bytes": content, "path": "photo.png"}, 3)
+        decode_image({"bytes": content, "path": "photo.png"}, Reading(3))
 
 
 @pytest.mark.parametrize(
@@ -357,21 +361,20 @@ def test_image_that_cannot_be_decoded_faithfully_is_an_error_that_names_it(conte
         (b"text", "no image"),
         (encoded(numbered_picture(0))[:300], "damaged"),
         (encoded(numbered_picture(0), "jpeg")[:-200], "damaged"),  # half of it would be grey
-        (encoded(np.full((4, 4), 3000, np.uint16)), "not 8 bits"),
+        (DEEP_PPM, "16 bits"),
         (encoded(np.zeros((300, 300, 3), np.uint8)), "too large"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_kind_of_a_fault(content, kind, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+def test_kind_of_a_fault(content, kind):
     with pytest.raises(BrokenImageError) as error:
-        decode_image({"bytes": content, "path": "photo.png"}, 3)
+        decode_image({"bytes": content, "path": "photo.png"}, Reading(3, max_image_pixels=80_000))
     assert error.value.kind == kind and "photo.png" in str(error.value)
 
 
 def test_file_that_is_gone_is_a_fault_too(tmp_path):
     with pytest.raises(BrokenImageError, match="gone.png cannot be read: No such file"):
-        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, 3)
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, Reading(3))
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1), (2, 900)])
@@ -387,7 +390,7 @@ def test_first_picture_of_an_animation_is_taken():
     file = io.BytesIO()
     frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (30, 200)]
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
-    assert (decode_image({"bytes": file.getvalue(), "path": None}, 1) == 30).all()
+    assert (decode_image({"bytes": file.getvalue(), "path": None}, Reading(1)) == 30).all()
 
 
 @pytest.mark.parametrize("flags", [(), ("--streaming",), ("--num_workers", "2")])
@@ -396,16 +399,34 @@ def test_check_finds_what_training_would_skip(tmp_path, capsys, flags):
     (folder / "9.png").write_bytes(encoded(numbered_picture(9))[:300])
     (folder / "8.jpg").write_bytes(b"")
     (folder / "7.png").write_bytes(encoded(np.zeros((3, 90, 3), np.uint8), "jpeg"))  # by its content, not its name
-    check_from_command_line([str(folder), *flags])
-    *faults, total, sizes = capsys.readouterr().out.strip().splitlines()
-    assert total == f"{NUM_IMAGES + 3} images, 2 of them would be skipped: 1 no image, 1 damaged"
-    assert sizes == "24 to 90 pixels wide, 3 to 20 high"
+    with pytest.raises(SystemExit) as end:
+        check_from_command_line([str(folder), *flags])
+    account, total, *faults, sizes = capsys.readouterr().out.strip().splitlines()
+    assert (
+        account
+        == f"{folder}: {NUM_IMAGES + 3} image files found, {NUM_IMAGES + 3} read (train {NUM_IMAGES + 3}, no labels)"
+    )
+    assert (
+        total == f"{NUM_IMAGES + 3} images, 2 of them would be skipped: 1 no image, 1 damaged" and end.value.code == 1
+    )
+    assert sizes == f"24 to 90 pixels wide, 3 to 20 high; {NUM_IMAGES + 1} of uint8"
     assert "8.jpg cannot be decoded: no image file" in faults[0] and "9.png cannot be decoded" in faults[1]
+
+
+def test_check_groups_equal_findings(tmp_path, capsys):
+    folder = write_flat_folder(tmp_path / "images")
+    for number in range(20):
+        (folder / f"broken_{number}.png").write_bytes(b"text")
+    for flags, num_lines in (((), 7), (("--all",), 27)):
+        with pytest.raises(SystemExit):
+            check_from_command_line([str(folder), *flags])
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert len(lines) == num_lines and "  and 17 more (--all lists them)" in lines
 
 
 def test_file_cannot_have_five_channels():
     with pytest.raises(ValueError, match="model takes 5"):
-        decode_image(undecoded(encoded(numbered_picture(0))), 5)
+        decode_image(undecoded(encoded(numbered_picture(0))), Reading(5))
 
 
 FIVE_CHANNELS = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 9)).astype(np.uint8)
@@ -419,9 +440,9 @@ def test_array_column_becomes_channels_first(tmp_path, axes, streaming):
     stored = Dataset.from_dict({"bands": list(arrays), "number": [0, 1]}, features=features)
     stored.to_parquet(tmp_path / "images.parquet")
     rows = list(load_images(str(tmp_path / "images.parquet"), streaming=streaming))
-    np.testing.assert_array_equal([decode_image(row["image"], 5) for row in rows], FIVE_CHANNELS)
+    np.testing.assert_array_equal([decode_image(row["image"], Reading(5)) for row in rows], FIVE_CHANNELS)
     with pytest.raises(ValueError, match="takes 3 channels"):
-        decode_image(rows[0]["image"], 3)
+        decode_image(rows[0]["image"], Reading(3))
 
 
 # CropLoader
@@ -630,7 +651,7 @@ def test_stream_of_tars_can_be_stopped_after_any_step(tmp_path, monkeypatch):
 def test_broken_images_are_replaced_by_the_next_of_the_batch_and_told(tmp_path, streaming, num_workers):
     folder = tmp_path / "images"
     folder.mkdir()
-    faults = {3: b"", 7: encoded(numbered_picture(7))[:300], 8: b"text", 11: encoded(np.full((9, 9), 3000, np.uint16))}
+    faults = {3: b"", 7: encoded(numbered_picture(7))[:300], 8: b"text", 11: DEEP_PPM}
     for i in range(16):
         (folder / f"{i:02}.png").write_bytes(faults.get(i) or (b"" if i in faults else encoded(numbered_picture(i))))
     whole = arguments(folder, streaming=streaming, num_workers=num_workers)
@@ -644,7 +665,7 @@ def test_broken_images_are_replaced_by_the_next_of_the_batch_and_told(tmp_path, 
         assert [Path(image["image"]).name for image in batch.skipped] == [
             f"{number:02}.png" for number in numbers if number in faults
         ]
-        kinds = {3: "no image", 7: "damaged", 8: "no image", 11: "not 8 bits"}
+        kinds = {3: "no image", 7: "damaged", 8: "no image", 11: "16 bits"}
         assert [image["kind"] for image in batch.skipped] == [kinds[n] for n in numbers if n in faults]
 
 
@@ -817,5 +838,6 @@ def test_missing_image_of_a_row_is_replaced_and_listed(tmp_path, capsys):
         batches = take(CropLoader(arguments(tmp_path / "images.parquet", streaming=streaming), 3), 2)
         [skipped] = sum((batch.skipped for batch in batches), [])
         assert skipped["kind"] == "missing"
-    check_from_command_line([str(tmp_path / "images.parquet")])
+    with pytest.raises(SystemExit):
+        check_from_command_line([str(tmp_path / "images.parquet")])
     assert "8 images, 1 of them would be skipped: 1 missing" in capsys.readouterr().out

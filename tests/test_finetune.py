@@ -22,6 +22,7 @@ from transformers import (
 
 from evaluation import finetune
 from evaluation.__main__ import evaluate_from_command_line
+from evaluation.decoding import Reading
 from evaluation.finetune import learning_rate_at, load_classifier, make_mixing, make_transform, parameter_groups, train
 from evaluation.supervised import AugmentedImages, Batches
 from modeling_dino import DINOForImageClassification, DINOModel
@@ -146,7 +147,7 @@ def test_training_is_a_plain_loop_of_adamw(model_folder, stripes):
     dataset = DatasetDict.load_from_disk(stripes)["train"].cast_column("image", Image(decode=False))
     targets = np.array(dataset["label"])
     transform = v2.Compose([v2.CenterCrop(16), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    images = AugmentedImages(dataset, targets, transform, 3, seed=0)
+    images = AugmentedImages(dataset, targets, transform, make_image_processor(16), Reading(3), seed=0)
     torch.manual_seed(0)
     model = load_classifier(str(model_folder), ["a", "b"], drop_path_rate=0.0)
     torch.manual_seed(0)

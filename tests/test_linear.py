@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNe
 
 from evaluation import linear
 from evaluation.__main__ import evaluate_from_command_line
-from evaluation.images import decode_image
+from evaluation.decoding import Reading, decode_image
 from evaluation.linear import hold_out, linear_accuracy, linear_inputs, train_classifiers
 from evaluation.models import load_model, to_pixel_values
 from evaluation.supervised import AugmentedImages, Batches, index_classes, normalize, seed_of
@@ -203,7 +203,7 @@ def test_crops_are_those_of_the_originals_transforms(shades):
     dataset = DatasetDict.load_from_disk(shades)["train"].cast_column("image", Image(decode=False))
     processor = make_image_processor(16)
     ours = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip(), *normalize(processor, 3)])
-    images = AugmentedImages(dataset, np.arange(63), ours, 3, seed=5)
+    images = AugmentedImages(dataset, np.arange(63), ours, processor, Reading(3), seed=5)
     original = transforms.Compose(
         [
             transforms.RandomResizedCrop(16),
@@ -218,7 +218,7 @@ def test_crops_are_those_of_the_originals_transforms(shades):
     assert not torch.equal(crops[0, 7], crops[1, 7])
     for (epoch, index), crop in crops.items():
         torch.manual_seed(seed_of(5, "image", epoch, index))
-        pixels = decode_image(dataset[index]["image"], 3).transpose(1, 2, 0)
+        pixels = decode_image(dataset[index]["image"], Reading(3)).transpose(1, 2, 0)
         torch.testing.assert_close(crop, original(PillowImage.fromarray(pixels)), rtol=0, atol=1e-6)
     assert [images[0, 7][1], images[3, 7][1]] == [7, 7]
 
@@ -253,7 +253,7 @@ def test_saved_classifier_gives_the_accuracies_that_are_reported(measured, shade
     assert not any(parameter.requires_grad for parameter in model.train().dino.parameters())
     test = DatasetDict.load_from_disk(shades)["test"].cast_column("image", Image(decode=False))
     _, processor = load_model(str(folder / "o"))
-    pixel_values = to_pixel_values(processor, [decode_image(row["image"], 3) for row in test])
+    pixel_values = to_pixel_values(processor, [decode_image(row["image"], Reading(3)) for row in test])
     with torch.no_grad():
         logits = model.eval()(pixel_values).logits
     accuracy = 100 * (logits.argmax(1) == torch.tensor(test["label"])).double().mean().item()
@@ -343,7 +343,7 @@ def test_kept_features_train_without_augmentation(model_folder, shades, tmp_path
     splits = DatasetDict.load_from_disk(shades).cast_column("image", Image(decode=False))
     parts = []
     for split in ("train", "test"):
-        images = [decode_image(row["image"], 3) for row in splits[split]]
+        images = [decode_image(row["image"], Reading(3)) for row in splits[split]]
         parts += [linear_inputs(model, to_pixel_values(processor, images), 1), splits[split]["label"]]
     expected = linear_accuracy(*parts, learning_rate=1.0, num_epochs=4, batch_size=16)
     assert first["values"] == pytest.approx(expected)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation.images import EncodedImage
+from evaluation.decoding import EncodedImage, Reading
 from modeling_dino import DINOForPreTraining
 from training.arguments import TrainingArguments
 from training.augmentation import MultiCrop, collate
@@ -56,7 +56,7 @@ class Training:
         self.done = 10  # steps: the last layer is frozen before
         file = io.BytesIO()
         Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 48, 3), dtype=np.uint8)).save(file, "png")
-        image, crops = EncodedImage({"bytes": file.getvalue(), "path": None}, 3), MultiCrop(self.args, seed=0)
+        image, crops = EncodedImage({"bytes": file.getvalue(), "path": None}, Reading(3)), MultiCrop(self.args, seed=0)
         self.batch = collate([crops(image, 0, position) for position in range(4)])
 
     def step(self) -> None:

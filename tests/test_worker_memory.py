@@ -8,6 +8,7 @@ from datasets import Dataset
 from datasets import Image as ImageColumn
 from PIL import Image
 
+from evaluation.decoding import Reading
 from training import worker_memory
 from training.arguments import TrainingArguments
 from training.worker_memory import _control_groups, free_memory, warn_of_memory
@@ -56,5 +57,5 @@ def test_memory_of_an_image_is_as_measured(tmp_path, monkeypatch, caplog, name, 
     for free, is_warned in ((8.2 * needed, False), (7.8 * needed, True)):
         caplog.clear()
         monkeypatch.setattr(worker_memory, "free_memory", lambda free=free: free)
-        warn_of_memory(dataset, args, 3)
+        warn_of_memory(dataset, args, Reading(3))
         assert bool(caplog.records) == is_warned

@@ -12,6 +12,7 @@ import yaml
 from accelerate.utils import is_tensorboard_available
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from evaluation.decoding import MAX_IMAGE_PIXELS, Reading
 from evaluation.workers import MAX_WORKERS
 from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, nearest
 
@@ -31,6 +32,23 @@ class TrainingArguments(AugmentationArguments):
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of a data set that has several.")
     train_split: str = HfArg(default="train", help="Split to train on.")
     image_column: str | None = HfArg(default=None, help="Column of the images; found by itself when there is one.")
+    folder_layout: Literal["auto", "splits", "classes"] = HfArg(
+        default="auto",
+        help="What the folders at the top of a folder of images are: splits, or classes of one split `train`. "
+        "Default: by their names.",
+    )
+    allow_unread: bool = HfArg(
+        default=False, help="Train even if more than a tenth of a folder's image files is not read."
+    )
+    tiff_pages: Literal["channels", "images", "first"] | None = HfArg(
+        default=None,
+        help="What the pages of a TIFF are: channels of one image, images of their own, or the first alone. Default: "
+        "TIFFs of several pages are skipped.",
+    )
+    background: str = HfArg(
+        default="white", help="Color that transparent images are put on; alpha is kept with num_channels=4."
+    )
+    max_image_pixels: int = HfArg(default=MAX_IMAGE_PIXELS, help="Pixels above which an image is skipped.")
     mix_with: list[str] = HfArg(
         default_factory=list,
         help="More data sets to train on, as ids or paths, each with one column of images; k-NN is of dataset_name.",
@@ -147,7 +165,11 @@ class TrainingArguments(AugmentationArguments):
         "uniform, collapsing to one output or diverging.",
     )
     eval_steps: int | None = HfArg(default=None, help="Steps between k-NN evaluations; needs labels. Off by default.")
-    eval_split: str = HfArg(default="test", help="Split whose images k-NN classifies by those of the train split.")
+    eval_split: str | None = HfArg(
+        default=None,
+        help="Split whose images k-NN classifies by those of the train split. Default: test, else validation; if "
+        "there is no other split, each image by the others.",
+    )
     label_column: str | None = HfArg(default=None, help="Column of the labels; found by itself when there is one.")
     eval_crop_pct: float = HfArg(
         default=0.875, help="Side of the centre crop over the resized image's shorter side, in the image processor."
@@ -178,8 +200,9 @@ class TrainingArguments(AugmentationArguments):
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
         for field in dataclasses.fields(self):
             allowed, value = get_args(field.type), getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in allowed:
+            if get_origin(field.type) is Literal and value not in (*allowed, field.default):
                 raise ValueError(f"{field.name} must be {' or '.join(allowed)}, got {value}")
+        self.reading(1)
         if "" in self.mix_with:
             raise ValueError(f"mix_with must be names or paths of data sets, got {self.mix_with}")
         if self.mix_weights and not self.mix_with:
@@ -223,6 +246,10 @@ class TrainingArguments(AugmentationArguments):
             raise ValueError(f"max_skipped_fraction must be between 0 and 1, got {self.max_skipped_fraction}")
         if not 0.1 <= self.eval_crop_pct <= 1:  # of which images are resized to 10 times the network's size
             raise ValueError(f"eval_crop_pct must be between 0.1 and 1, got {self.eval_crop_pct}")
+
+    def reading(self, num_channels: int) -> Reading:
+        """How images are read for a network that takes `num_channels`."""
+        return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels)
 
 
 class _TrainingParser(OneLineErrors, HfArgumentParser):

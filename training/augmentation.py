@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import functional as F
 from transformers.hf_argparser import HfArg
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from evaluation.images import EncodedImage
+from evaluation.decoding import EncodedImage
+from modeling_dino.image_processing_dino import parse_value_range, scale_values
 
 
 NUM_GLOBAL_CROPS = 2
@@ -68,6 +69,15 @@ class AugmentationArguments:
     image_std: list[float] = HfArg(
         default_factory=lambda: list(IMAGENET_DEFAULT_STD), help="Standard deviation of each channel, of 1."
     )
+    value_range: list[str] = HfArg(
+        default_factory=list,
+        help="Values that become 0 and 1: two numbers, or as `p1 p99` percentiles of each channel of each image. "
+        "Default: the range of the integer type.",
+    )
+    display_channels: list[int] = HfArg(
+        default_factory=list,
+        help="Channels, from 0, shown as red, green and blue in pictures, or one as gray. Default: the first three.",
+    )
     augmentation_device: Literal["device", "host"] = HfArg(
         default="device",
         help="Where flips, colours and blur are done: on the device that trains, or by the workers on the host, which "
@@ -98,6 +108,7 @@ class AugmentationArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.augmentation_device not in ("device", "host"):
             raise ValueError(f"augmentation_device must be device or host, got {self.augmentation_device}")
+        parse_value_range(self.value_range)
         if self.num_local_crops < 0:
             raise ValueError(f"num_local_crops must be at least 0, got {self.num_local_crops}")
         if not all(std > 0 for std in self.image_std):
@@ -123,7 +134,7 @@ class Photometrics(NamedTuple):
 class CropBatch(NamedTuple):
     """Crops of a batch, crop-major: all images of the first crop, then all of the second, ..."""
 
-    crops: list[torch.Tensor]  # one a resolution, uint8 (crops * batch, channels, size, size)
+    crops: list[torch.Tensor]  # one a resolution, uint8 or fp32 in [0, 1] (crops * batch, channels, size, size)
     photometrics: list[Photometrics] | None  # one a resolution; None when `crops` are finished, and so normalised fp32
     skipped: list[dict[str, str]] = []  # images that were broken: name, kind and reason
     images: tuple | None = None  # which they are, as the loader knows them
@@ -161,7 +172,10 @@ def reduce_boxes(boxes: np.ndarray, reduction: int, height: int, width: int) -> 
 
 
 class MultiCrop:
-    """The worker's half: an encoded image in, uint8 crops and the draws for their colours out."""
+    """The worker's half: an encoded image in, crops and the draws for their colors out.
+
+    Crops are uint8, or of images that are not of 8 bits, or with `value_range`, fp32 from 0 to 1.
+    """
 
     def __init__(self, args: AugmentationArguments, seed: int):
         self.args = args
@@ -203,13 +217,18 @@ class MultiCrop:
         boxes, photometrics = self.draw(rng, image.height, image.width)
         spare = (boxes[:, 2:].min(1) / self.sizes).min()  # pixels that every crop has, for one that it needs
         reduction = max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(spare, 1))
-        pixels = torch.from_numpy(image.decode(reduction))
+        pixels = image.decode(reduction)
+        if pixels.dtype != np.uint8 or self.args.value_range:
+            pixels = scale_values(pixels, self.args.value_range)
+        pixels = torch.from_numpy(pixels)
         if pixels.shape[1] < image.height:
             boxes = reduce_boxes(boxes, reduction, *pixels.shape[1:])
         crops = [
             F.resized_crop(pixels, *box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
             for box, size in zip(boxes.tolist(), self.sizes)
         ]
+        if pixels.dtype != torch.uint8:
+            crops = [crop.clamp_(0, 1) for crop in crops]  # where bicubic resampling overshoots
         return crops, photometrics
 
 
@@ -219,7 +238,7 @@ def collate(samples: list[tuple[list[torch.Tensor], Photometrics]]) -> CropBatch
     resolutions = [range(NUM_GLOBAL_CROPS), range(NUM_GLOBAL_CROPS, num_crops)]
     crops, photometrics = [], []
     for members in filter(len, resolutions):
-        crops.append(torch.stack([sample[0][i] for i in members for sample in samples]))
+        crops.append(stack_crops([sample[0][i] for i in members for sample in samples]))
         drawn = [sample[1] for sample in samples]
         photometrics.append(
             Photometrics(
@@ -227,6 +246,18 @@ def collate(samples: list[tuple[list[torch.Tensor], Photometrics]]) -> CropBatch
             )
         )
     return CropBatch(crops, photometrics)
+
+
+def stack_crops(crops: list[torch.Tensor]) -> torch.Tensor:
+    """Crops of one size -> a batch: uint8 if all are, else fp32 from 0 to 1."""
+    if all(crop.dtype == torch.uint8 for crop in crops):
+        return torch.stack(crops)
+    return torch.stack([to_unit(crop) for crop in crops])
+
+
+def to_unit(crops: torch.Tensor) -> torch.Tensor:
+    """Crops in fp32 from 0 to 1, a copy."""
+    return crops.float().div_(255) if crops.dtype == torch.uint8 else crops.clone()
 
 
 def luma(images: torch.Tensor) -> torch.Tensor:
@@ -334,7 +365,7 @@ def solarize(images: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def apply_photometrics(crops: torch.Tensor, drawn: Photometrics, args: AugmentationArguments) -> torch.Tensor:
-    """The device's half: uint8 crops (n, channels, size, size) -> normalised fp32 crops of the same shape.
+    """The device's half: crops (n, channels, size, size) of `MultiCrop` -> normalized fp32 crops of the same shape.
 
     Each operation touches only the crops that it was drawn for. Which those are is known on the host, where `drawn`
     stays, so the device never has to be waited for. Hue, saturation and grayscale are skipped unless `crops` are RGB.
@@ -348,7 +379,7 @@ def apply_photometrics(crops: torch.Tensor, drawn: Photometrics, args: Augmentat
     changed = torch.empty(crops.shape, device=crops.device)
     for first in range(0, len(crops), at_once):
         part = slice(first, first + at_once)
-        colours = _change_colours(crops[part].float().div_(255), Photometrics(*(field[part] for field in drawn)), args)
+        colours = _change_colours(to_unit(crops[part]), Photometrics(*(field[part] for field in drawn)), args)
         torch.sub(colours, mean, out=changed[part]).div_(std)
     return changed
 

@@ -1,29 +1,71 @@
 """`python -m training.check DATA`, or `dino-check DATA`: reads all images, and says which ones training would skip."""
 
-from collections import Counter
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
 from tqdm import tqdm
 
-from evaluation.images import BrokenImageError, decode_image, load_images
+from evaluation.arguments import add_reading
+from evaluation.decoding import BrokenImageError, EncodedImage, Reading
+from evaluation.images import describe_folder, load_images
 from evaluation.interruption import interruption
 from evaluation.workers import Loader
 from modeling_dino.command_line import Parser, printable, run_process
+from modeling_dino.image_processing_dino import parse_value_range
+
+
+NUM_EXAMPLES = 3  # of each kind that are printed
+NUM_SAMPLES = 1000  # values of an image that the proposed range of values follows
+
+
+@dataclass
+class Findings:
+    """What reading all images of a split found.
+
+    Args:
+        sizes: (height, width) of each image that can be read.
+        faults: Kind -> messages, which name the image, of those that training would skip.
+        notes: What is not read -> names of images.
+        dtypes: Types of the values -> number of images.
+        lowest, highest: Of all values.
+        samples: Some values of images that are not of 8 bits.
+    """
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    dtypes: Counter = field(default_factory=Counter)
+    lowest: float = np.inf
+    highest: float = -np.inf
+    samples: list[np.ndarray] = field(default_factory=list)
 
 
 class _Decoded:
-    """Of a batch of rows: sizes of the images that can be decoded, and what is wrong with the others."""
+    """Collates rows into what was found of each: a fault, or size, type, range and sample of the values, and notes."""
 
-    def __init__(self, num_channels: int):
-        self.num_channels = num_channels
+    def __init__(self, reading: Reading):
+        self.reading = reading
 
-    def __call__(self, rows: list[dict]) -> list[tuple[int, int] | tuple[str, str]]:
-        found = []
-        for row in rows:
-            try:
-                found.append(decode_image(row["image"], self.num_channels).shape[1:])
-            except BrokenImageError as error:
-                found.append((error.kind, str(error)))
-        return found
+    def __call__(self, rows: list[dict]) -> list[BrokenImageError | tuple]:
+        return [self._find(row["image"]) for row in rows]
+
+    def _find(self, row) -> BrokenImageError | tuple:
+        try:
+            image = EncodedImage(row, self.reading)
+            pixels = image.decode()
+        except BrokenImageError as error:
+            return error
+        name = row["path"] if isinstance(row, dict) and row["path"] else "without a file name"
+        sample = None
+        if pixels.dtype != np.uint8:
+            values = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels.reshape(-1)
+            sample = values[:: max(1, len(values) // NUM_SAMPLES)]
+            lowest, highest = (float(values.min()), float(values.max())) if len(values) else (np.inf, -np.inf)
+            sample = sample, lowest, highest
+        return name, pixels.shape[1:], str(pixels.dtype), image.notes, sample
 
 
 def check(
@@ -32,44 +74,111 @@ def check(
     split: str = "train",
     image_column: str | None = None,
     streaming: bool = False,
-    num_channels: int = 3,
+    reading: Reading | None = None,
     num_workers: int = 0,
-) -> tuple[list[tuple[int, int]], list[tuple[str, str]]]:
-    """Reads all images of a split: sizes (height, width) of the whole ones; kind and reason of the broken ones."""
-    dataset = load_images(dataset_name, config_name, split, image_column, None, streaming, with_labels=False)
+    folder_layout: str = "auto",
+    allow_unread: bool = False,
+) -> Findings:
+    """Read all images of a split; see `load_images` for the arguments."""
+    reading = reading or Reading(3)
+    dataset = load_images(
+        dataset_name, config_name, split, image_column, None, streaming, False, folder_layout, reading.tiff_pages,
+        allow_unread,
+    )  # fmt: skip
     num_images = None if streaming else len(dataset)
-    loader = Loader(dataset, batch_size=16, num_workers=num_workers, collate_fn=_Decoded(num_channels))
-    sizes, faults = [], []
+    collate = _Decoded(reading.of(dataset.features))
+    loader = Loader(dataset, batch_size=16, num_workers=num_workers, collate_fn=collate)
+    found = Findings()
     with tqdm(total=num_images, unit="images", desc="checking", leave=False) as bar:
         for batch in loader:
-            for one, other in batch:
-                (faults if isinstance(one, str) else sizes).append((one, other))
+            for one in batch:
+                _add(found, one)
             bar.update(len(batch))
-    return sizes, faults
+    return found
+
+
+def _add(found: Findings, one: BrokenImageError | tuple) -> None:
+    if isinstance(one, BrokenImageError):
+        found.faults[one.kind].append(str(one))
+        return
+    name, size, dtype, notes, values = one
+    found.sizes.append(tuple(size))
+    found.dtypes[dtype] += 1
+    for note in notes:
+        found.notes[note].append(name)
+    if values is not None:
+        sample, lowest, highest = values
+        found.samples.append(sample)
+        found.lowest, found.highest = min(found.lowest, lowest), max(found.highest, highest)
+
+
+def report(found: Findings, value_range: list | None) -> Iterator[str]:
+    """What was found, a line each: counts first, then kinds with some examples, then what would help."""
+    num_skipped = sum(map(len, found.faults.values()))
+    kinds = ", ".join(f"{len(found.faults[kind])} {kind}" for kind in _by_number(found.faults))
+    total = f"{len(found.sizes) + num_skipped} images, {num_skipped} of them would be skipped"
+    yield total + f": {kinds}" * bool(kinds)
+    for kind in _by_number(found.faults):
+        yield from _some(found.faults[kind])
+    for note in _by_number(found.notes):
+        yield f"{len(found.notes[note])} images are read in part, {note}:"
+        yield from _some(found.notes[note])
+    if found.sizes:
+        heights, widths = zip(*found.sizes)
+        dtypes = ", ".join(f"{number} of {dtype}" for dtype, number in found.dtypes.most_common())
+        yield f"{min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high; {dtypes}"
+    if found.samples and value_range is None:
+        low, high = np.percentile(np.concatenate(found.samples), [1, 99])
+        yield (
+            f"values from {found.lowest:g} to {found.highest:g}, 1 % of them below {low:g} and 1 % above {high:g}; "
+            f"consider --value_range {low:g} {high:g}, or of each image --value_range p1 p99"
+        )
+
+
+def _by_number(findings: dict[str, list[str]]) -> list[str]:
+    return sorted(findings, key=lambda kind: -len(findings[kind]))
+
+
+def _some(names: list[str]) -> Iterator[str]:
+    for name in names[:NUM_EXAMPLES]:
+        yield f"  {printable(name)}"
+    if len(names) > NUM_EXAMPLES:
+        yield f"  and {len(names) - NUM_EXAMPLES} more (--all lists them)"
 
 
 def check_from_command_line(argv: list[str]) -> None:
-    parser = Parser(prog="dino-check", description="Find the images that training would skip.")
+    description = "Find the images that training would skip. The exit code is 1 if there are any."
+    parser = Parser(prog="dino-check", description=description)
     parser.add_argument("dataset_name", help="Hub id, or path of a folder, parquet, Arrow or tar file")
-    parser.add_argument("--config_name", help="configuration of a data set that has several")
+    parser.add_argument("--config_name", help="configuration of a dataset that has several")
     parser.add_argument("--split", default="train", help="default: %(default)s")
     parser.add_argument("--image_column", help="column of the images (default: the only one there is)")
     parser.add_argument("--streaming", action="store_true", help="read the data without preparing it first")
     parser.add_argument("--num_channels", type=int, default=3, help="that the network takes (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode (default: %(default)s)")
+    parser.add_argument("--all", action="store_true", help="print every finding, not some of each kind")
+    add_reading(parser)
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
-    options = vars(parser.parse_args(argv))
-    options.pop("debug")
-    sizes, faults = check(**options)
-    for _, reason in faults:
-        print(printable(reason))
-    kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(kind for kind, _ in faults).most_common())
-    print(
-        f"{len(sizes) + len(faults)} images, {len(faults)} of them would be skipped" + (f": {kinds}" if kinds else "")
-    )
-    if sizes:
-        heights, widths = zip(*sizes)
-        print(f"{min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high")
+    args = parser.parse_args(argv)
+    if check_and_print(args):
+        raise SystemExit(1)
+
+
+def check_and_print(args: Namespace) -> int:
+    """Print what was found; return how many images would be skipped."""
+    value_range = parse_value_range(args.value_range)
+    reading = Reading(args.num_channels, args.background, args.tiff_pages, args.max_image_pixels)
+    if account := describe_folder(args.dataset_name, args.folder_layout):
+        print(printable(account))
+    found = check(
+        args.dataset_name, args.config_name, args.split, args.image_column, args.streaming, reading, args.num_workers,
+        args.folder_layout, args.allow_unread,
+    )  # fmt: skip
+    if args.all:
+        for line in [*found.faults.values(), *found.notes.values()]:
+            print(*map(printable, line), sep="\n")
+    print(*report(found, value_range), sep="\n")
+    return sum(map(len, found.faults.values()))
 
 
 def main() -> None:

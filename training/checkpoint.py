@@ -283,7 +283,7 @@ _ABOUT_THE_RUN = {
     *("save_steps", "save_total_limit", "logging_steps", "num_workers", "stream_timeout", "max_skipped_fraction"),
     *("eval_steps", "eval_split", "label_column", "eval_crop_pct", "max_eval_samples", "per_device_eval_batch_size"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device", "dry_run", "report_to"),
-    "stop_on_collapse",
+    *("stop_on_collapse", "allow_unread", "max_image_pixels", "display_channels"),
     *("model_config", "config_overrides"),  # what they make is compared itself
     *("gradient_checkpointing", "tf32"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # of all processes together, see below

@@ -29,7 +29,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import Table
 from torch.utils.data import Dataset as TorchDataset
 
-from evaluation.images import BrokenImageError, EncodedImage, is_path, load_images
+from evaluation.decoding import BrokenImageError, EncodedImage, Reading
+from evaluation.images import is_path, load_images
 from evaluation.workers import Loader
 from modeling_dino.command_line import one_line
 
@@ -61,16 +62,16 @@ class DataError(ValueError):
 class CropDataset(TorchDataset):
     """Crops of an image in an epoch: of the row at an index, or of a row that has been read already."""
 
-    def __init__(self, dataset: Dataset | None, multi_crop: MultiCrop, num_channels: int):
+    def __init__(self, dataset: Dataset | None, multi_crop: MultiCrop, reading: Reading):
         self.dataset = dataset
         self.multi_crop = multi_crop
-        self.num_channels = num_channels
+        self.reading = reading
 
     def __getitem__(self, epoch_position_image: tuple[int, int, int | dict]):
         epoch, position, image = epoch_position_image
         row = image if isinstance(image, dict) else self.dataset[image]
         try:
-            return self.multi_crop(EncodedImage(row["image"], self.num_channels), epoch, position)
+            return self.multi_crop(EncodedImage(row["image"], self.reading), epoch, position)
         except BrokenImageError as error:
             return error
 
@@ -178,7 +179,10 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
     parts, lengths = [], []
     for number, name in enumerate((args.dataset_name, *args.mix_with)):
         config_name, column = (None, None) if number else (args.dataset_config_name, args.image_column)
-        part = load_images(name, config_name, args.train_split, column, None, args.streaming, with_labels=False)
+        part = load_images(
+            name, config_name, args.train_split, column, None, args.streaming, False, args.folder_layout,
+            args.tiff_pages, args.allow_unread,
+        )  # fmt: skip
         if isinstance(part, Dataset):
             lengths.append(len(part))
         else:
@@ -212,6 +216,21 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
     return mixed, lengths
 
 
+def is_deep(dataset: Dataset | IterableDataset, reading: Reading) -> bool:
+    """Whether images are not of 8 bits a channel, by some of their headers; of a stream, by its first image's."""
+    if reading.array_dtype != "uint8":
+        return True
+    if isinstance(dataset, Dataset):
+        rows = (dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, min(64, len(dataset))))
+    else:
+        rows = dataset.take(1)
+    for row in rows:
+        with suppress(BrokenImageError):
+            if EncodedImage(row["image"], reading).dtype != np.uint8:
+                return True
+    return False
+
+
 def order_of_epoch(seed: int, epoch: int, lengths: list[int], weights: list[float]) -> np.ndarray:
     """Indices of an epoch's images among those of all data sets, one after another.
 
@@ -243,8 +262,8 @@ class CropLoader:
 
     def __init__(self, args: TrainingArguments, num_channels: int, num_accumulated: int = 1):
         self.args = args
-        self.num_channels = num_channels
         self.dataset, self.lengths = load_training_images(args)
+        self.reading = args.reading(num_channels).of(self.dataset.features)
         self.is_map_style = isinstance(self.dataset, Dataset)
         self.num_images = None if None in self.lengths else sum(self.lengths)
         if not self.is_map_style:
@@ -301,7 +320,9 @@ class CropLoader:
                 yield [(step.epoch, position, image) for position, image in zip(step.positions, step.images)]
 
         crops = CropDataset(
-            self.dataset if self.is_map_style else None, MultiCrop(self.args, self.args.seed), self.num_channels
+            self.dataset if self.is_map_style else None,
+            MultiCrop(self.args, self.args.seed),
+            self.reading,
         )
         loader = Loader(
             crops,

@@ -2,18 +2,14 @@
 
 import hashlib
 import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import load_dataset_builder
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 
-from evaluation.images import FILE_BUILDERS, IMAGE_SUFFIXES, is_path, split_folder
+from evaluation.images import is_path, local_files
 from modeling_dino.command_line import printable
 
 from .arguments import TrainingArguments
@@ -40,7 +36,11 @@ def identify_data(args: TrainingArguments, lengths: list[int | None]) -> list[di
         found = []
         for number, (name, num_images) in enumerate(zip((args.dataset_name, *args.mix_with), lengths)):
             config_name = None if number else args.dataset_config_name
-            place = _files(name, args.train_split) if is_path(name) else {"commit": _commit(name, config_name)}
+            place = (
+                _files(name, args.train_split, args.folder_layout)
+                if is_path(name)
+                else {"commit": _commit(name, config_name)}
+            )
             found.append({"name": name, "num_images": num_images} | place)
     return broadcast_object_list([found])[0]
 
@@ -71,32 +71,18 @@ def _example(before: dict[str, str], now: dict[str, str]) -> str:
     return f" (in {len(differing)} file{'s' * (len(differing) > 1)}, such as {printable(differing[0])})"
 
 
-def _files(name: str, split: str) -> dict:
-    path = Path(name).expanduser()
-    files = [("", path.stat())] if path.is_file() else sorted(_data_files(split_folder(path, split)))
+def _files(name: str, split: str, layout: str) -> dict:
+    files = local_files(name, split, layout)
     described = {
-        "names": [name for name, _ in files],
-        "sizes": [status.st_size for _, status in files],
-        "times": [int(status.st_mtime) for _, status in files],
+        "names": [file.name for file in files],
+        "sizes": [file.size for file in files],
+        "times": [file.time for file in files],
     }
     hashes = {key: hashlib.sha256(repr(values).encode()).hexdigest()[:16] for key, values in described.items()}
-    if len(files) > MAX_LISTED or path.is_file():
+    if len(files) > MAX_LISTED or not files or not files[0].name:
         return {"num_files": len(files)} | hashes
-    listed = {name: f"{size} bytes, {time}" for name, size, time in zip(*described.values())}
+    listed = {file.name: f"{file.size} bytes, {file.time}" for file in files}
     return {"num_files": len(files)} | hashes | {"files": listed}
-
-
-def _data_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Names and states of the files that the datasets library would read, without what it caches beside them."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            is_cached = suffix == ".arrow" and name.startswith(("cache-", "tmp"))
-            if suffix in (*IMAGE_SUFFIXES, *FILE_BUILDERS, ".zip") and not name.startswith(".") and not is_cached:
-                with suppress(FileNotFoundError):  # a link to nothing
-                    file = os.path.join(place, name)
-                    yield os.path.relpath(file, folder), os.stat(file)
 
 
 def _commit(name: str, config_name: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """`figures/` of a run: its curves, and what the teacher's CLS token looks at. On the main process; see `Figures`."""
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torchvision.transforms.v2 import functional as F
 
 from evaluation.attention import draw_attention_of
-from evaluation.images import BrokenImageError, decode_image
+from evaluation.decoding import BrokenImageError, Reading, decode_image
 from modeling_dino import DINOModel
 
 from .arguments import TrainingArguments
@@ -31,8 +32,9 @@ class Figures:
         output_dir: Folder of the run.
         out_dim: Number of prototypes.
         image_processor: Makes its pixel values.
-        images: Whose attention is drawn, (channels, height, width) in uint8.
-        run_log: Where failures are told.
+        images: Whose attention is drawn, (channels, height, width).
+        run_log: Where failures are logged.
+        display_channels: See `to_picture`.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Figures:
         image_processor,
         images: list[np.ndarray],
         run_log: RunLog,
+        display_channels: Sequence[int] = (),
     ):
         self.output_dir = output_dir
         self.out_dim = out_dim
         self.image_processor = image_processor
         self.images = images
         self.run_log = run_log
+        self.display_channels = display_channels
         self.drawn, self.took = time.perf_counter(), 1.0  # seconds
 
     def draw(self, backbone: DINOModel, at_end: bool = False) -> None:
@@ -60,7 +64,7 @@ class Figures:
         if self.images and backbone.config.backbone_config is None:
             with self.run_log.tolerated("drawing attention.png"):
                 path = self.output_dir / "figures" / "attention.png"
-                draw_attention_of(backbone, self.image_processor, self.images, path)
+                draw_attention_of(backbone, self.image_processor, self.images, path, self.display_channels)
         self.drawn = time.perf_counter()
         self.took = self.drawn - start
 
@@ -71,13 +75,16 @@ def _shrunk(pixels: np.ndarray) -> np.ndarray:
     if factor >= 1:
         return pixels
     size = [max(1, round(side * factor)) for side in pixels.shape[1:]]
-    return F.resize(torch.from_numpy(pixels), size, antialias=True).numpy()
+    if pixels.dtype == np.uint8:
+        return F.resize(torch.from_numpy(pixels), size, antialias=True).numpy()
+    resized = F.resize(torch.from_numpy(pixels.astype(np.float32)), size, antialias=True).numpy()
+    return (resized if pixels.dtype.kind == "f" else resized.round()).astype(pixels.dtype)
 
 
 def choose_images(
-    dataset: Dataset | IterableDataset, first_batch: CropBatch | None, num_channels: int, args: TrainingArguments
+    dataset: Dataset | IterableDataset, first_batch: CropBatch | None, reading: Reading, args: TrainingArguments
 ) -> list[np.ndarray]:
-    """A few whole images (channels, height, width) in uint8, by the seed; of a stream, crops of the first batch.
+    """A few whole images (channels, height, width), by the seed; of a stream, crops of the first batch.
 
     A stream is not read a second time: this would cost requests, or be other images.
     """
@@ -89,7 +96,7 @@ def choose_images(
     images = []
     for index in np.random.default_rng(args.seed).permutation(len(dataset)).tolist():
         with suppress(BrokenImageError):
-            images.append(_shrunk(decode_image(dataset[index]["image"], num_channels)))
+            images.append(_shrunk(decode_image(dataset[index]["image"], reading)))
         if len(images) == NUM_IMAGES:
             break
     return images

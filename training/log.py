@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def _one_line_warning(message, category, filename, lineno, line=None) -> str:
+    if category is UserWarning:  # meant for users, whatever the code
+        return str(message)
     return f"{message} ({category.__name__}, {filename}:{lineno})"
 
 

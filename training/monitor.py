@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from evaluation.pictures import choose_channels
+
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
 from .verdict import FAILING, TOO_EARLY, Judge
 
@@ -245,7 +247,7 @@ def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) 
     for crops in finish_crops(batch, "cpu", args):
         for seen in crops.split(batch_size):  # of the crop-major rows
             seen = to_pictures(seen[:num_images], args)
-            columns.append(seen[:, :3] if seen.shape[1] >= 3 else seen[:, :1].expand(-1, 3, -1, -1))
+            columns.append(seen[:, choose_channels(seen.shape[1], args.display_channels)])
     widths = [pictures.shape[-1] for pictures in columns]
     row = max(widths) + gap
     canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), num_images * row - gap), "white")

@@ -33,7 +33,7 @@ from .checkpoint import (
     saved_arguments,
     set_later_checkpoints_aside,
 )
-from .data import CropLoader, DataError
+from .data import CropLoader, DataError, is_deep
 from .data_identity import identify_data
 from .dry_run import describe, without_downloads
 from .failure import RunError, rescued
@@ -177,11 +177,11 @@ def is_of_folder(checkpoint: Path, output_dir: Path) -> bool:
     return checkpoint.resolve().parent.parent == output_dir.resolve()
 
 
-def with_frozen_backbone(args: TrainingArguments, steps: int | None) -> TrainingArguments:
-    """The same settings, with the default of freeze_backbone_steps in numbers."""
-    resolved = replace(args, freeze_backbone_steps=steps)
-    resolved.origins = args.origins
-    return resolved
+def resolved(args: TrainingArguments, **defaults) -> TrainingArguments:
+    """Return a copy of `args` with defaults that depend on data or a checkpoint resolved."""
+    copy = replace(args, **defaults)
+    copy.origins = args.origins
+    return copy
 
 
 def _train(
@@ -194,17 +194,21 @@ def _train(
         check_hub_settings(args.hub_model_id)
     hub_datasets = [name for name in (args.dataset_name, *args.mix_with) if not is_path(name)]
     config = load_config(args)
-    image_processor = make_image_processor(
-        config.image_size, config.num_channels, args.image_mean, args.image_std, args.eval_crop_pct
-    )
     num_accumulated = accelerator.gradient_accumulation_steps
     data_args = without_downloads(args) if args.dry_run else args
     loader = CropLoader(data_args, config.num_channels, num_accumulated)
+    image_processor = make_image_processor(
+        config.image_size, config.num_channels, args.image_mean, args.image_std, args.eval_crop_pct,
+        args.value_range, is_deep(loader.dataset, loader.reading),
+    )  # fmt: skip
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     if loader.is_map_style and accelerator.is_main_process:
-        warn_of_memory(loader.dataset, args, config.num_channels)
-    evaluate = KNNEvaluation(data_args, image_processor) if args.eval_steps else None
+        warn_of_memory(loader.dataset, args, loader.reading)
+    evaluate = None
+    if args.eval_steps:
+        evaluate = KNNEvaluation(data_args, image_processor, config.num_channels)
+        args = resolved(args, eval_split=evaluate.split_names[-1])
     data = identify_data(args, loader.lengths)
     checkpoint = choose_start(args, output_dir, global_batch_size, data)
     is_resumed = checkpoint is not None and is_of_folder(checkpoint, output_dir)
@@ -216,11 +220,11 @@ def _train(
     if checkpoint:
         load_networks(checkpoint, student, teacher)
         if args.freeze_backbone_steps is None:
-            args = with_frozen_backbone(args, saved_arguments(checkpoint)["freeze_backbone_steps"])
+            args = resolved(args, freeze_backbone_steps=saved_arguments(checkpoint)["freeze_backbone_steps"])
     elif args.init_from:
         has_heads, center = load_initial_weights(args.init_from, student, teacher)
         if not has_heads and args.freeze_backbone_steps is None:
-            args = with_frozen_backbone(args, steps_per_epoch)
+            args = resolved(args, freeze_backbone_steps=steps_per_epoch)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     if args.gradient_checkpointing:
         try:
@@ -281,8 +285,8 @@ def _train(
         with run_log.tolerated("reading images for attention.png"):
             images_of = evaluate.splits[-1] if evaluate else loader.dataset
             first_batch = step_batches[0] if first_step < num_steps else None
-            images = choose_images(images_of, first_batch, config.num_channels, args)
-    figures = Figures(output_dir, config.out_dim, image_processor, images, run_log)
+            images = choose_images(images_of, first_batch, loader.reading, args)
+    figures = Figures(output_dir, config.out_dim, image_processor, images, run_log, args.display_channels)
 
     def run_evaluation(step: int) -> None:
         elapsed = monitor.pause()

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from datasets import Dataset
 
-from evaluation.images import BrokenImageError, EncodedImage
+from evaluation.decoding import BrokenImageError, EncodedImage, Reading
 
 from .arguments import TrainingArguments
 
@@ -21,9 +21,9 @@ LARGE = 2**30  # bytes that a worker may take without a warning
 logger = logging.getLogger(__name__)
 
 
-def warn_of_memory(dataset: Dataset, args: TrainingArguments, num_channels: int) -> None:
+def warn_of_memory(dataset: Dataset, args: TrainingArguments, reading: Reading) -> None:
     """Warn once if images are so large that workers take more than 1 GiB each, or half of the free memory together."""
-    sizes = [_size(dataset[int(index)]["image"], args, num_channels) for index in _spread(len(dataset))]
+    sizes = [_size(dataset[int(index)]["image"], args, reading) for index in _spread(len(dataset))]
     width, height, needed = max(filter(None, sizes), key=lambda size: size[2], default=(0, 0, 0))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     num_workers, free = max(args.num_workers, 1) * num_processes, free_memory()
@@ -40,12 +40,12 @@ def _spread(length: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(NUM_IMAGES, length)).astype(int))
 
 
-def _size(image, args: TrainingArguments, num_channels: int) -> tuple[int, int, int] | None:
+def _size(image, args: TrainingArguments, reading: Reading) -> tuple[int, int, int] | None:
     """Width, height and peak bytes of an image; None for one that is broken or an array, which is there already."""
     if not isinstance(image, dict):
         return None
     try:
-        encoded = EncodedImage(image, num_channels)
+        encoded = EncodedImage(image, reading)
     except BrokenImageError:
         return None
     pixels = encoded.width * encoded.height
@@ -57,6 +57,9 @@ def _size(image, args: TrainingArguments, num_channels: int) -> tuple[int, int, 
         spare = smallest * min(encoded.width, encoded.height) / size
         pixels //= max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(spare, 1)) ** 2
     # Pillow's pixels, their copy in NumPy, and the largest crop; measured for RGB: 10.2 bytes
+    num_channels = reading.num_channels
+    if encoded.dtype != np.uint8:  # and its copies in fp32
+        num_channels *= 4
     return encoded.width, encoded.height, content + pixels * ((1 if num_channels == 1 else 4) + 2 * num_channels)
 
 
