@@ -419,8 +419,7 @@ class KeptFeatures:
         return self.train.hashes
 
     def _read(self, split: str, inputs: dict) -> Features:
-        """From the split's folder, which other protocols know as well, if these are pooled features; else from one of
-        their own."""
+        """Return pooled features from the split's file, which other protocols read; others from a separate one."""
         args = self.args
         if inputs["n_last_blocks"] == 1 and not inputs["avgpool_patchtokens"]:
             return features_of(args, split, with_labels=True)
@@ -430,9 +429,10 @@ class KeptFeatures:
         check_features(args, f"{split}-{kind}")
         images = load_images(args.dataset_name, args.dataset_config_name, split, *columns)
         data = describe_data(args, split, images) | {"inputs": kind}
+        path = Path(args.features) / f"{split}-{kind}.parquet"
         return keep_features(
-            Path(args.features) / f"{split}-{kind}", args.model, self.network, images, self.image_processor, data,
-            args.batch_size, args.num_workers, args.overwrite,
+            path, args.model, self.network, images, self.image_processor, data, args.batch_size, args.num_workers,
+            args.overwrite,
         )  # fmt: skip
 
 

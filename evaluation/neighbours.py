@@ -109,11 +109,14 @@ def _find_pictures(args: Namespace, features: Features, split: str, indices: np.
     """The pixels of some images of the split that features are of, by index, decoded once each."""
     name, config = (args.dataset_name or features.data["name"]), args.dataset_config_name or features.data["config"]
     dataset = load_images(name, config, split, args.image_column, args.label_column)
-    if len(dataset) != len(features):
-        raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are {len(features)} features")
+    num_images = len(features) + len(features.failed)
+    if len(dataset) != num_images:
+        raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are features of {num_images}")
     channels = num_channels(load_model(args.model, args.image_size, DTYPES[args.dtype])[0].config) if args.model else 3
+    rows = features.rows
     return {
-        index: to_picture(decode_image(dataset[index]["image"], channels)) for index in np.unique(indices).tolist()
+        index: to_picture(decode_image(dataset[int(rows[index])]["image"], channels))
+        for index in np.unique(indices).tolist()
     }
 
 
@@ -170,4 +173,5 @@ def measure(args: Namespace) -> None:
         query_pictures, [[pictures[index] for index in row] for row in indices], similarities, query_names, names,
         same_class,
     )  # fmt: skip
-    write_files(args, figure, {"queries": shown, "indices": indices, "similarities": similarities})
+    rows = queries.rows[shown], train.rows[indices]
+    write_files(args, figure, {"queries": rows[0], "indices": rows[1], "similarities": similarities})
