@@ -10,7 +10,7 @@ A Parquet file has a row for each image, in the dataset's order:
 
 One line reads it:
 
-    pandas.read_parquet("features/train.parquet")
+    pandas.read_parquet("features/train.parquet")  # numpy.stack(table["features"]) is (images, hidden)
     polars.read_parquet("features/train.parquet")
     datasets.Dataset.from_parquet("features/train.parquet")
 
@@ -21,6 +21,7 @@ has the features as columns f0, f1, ..., and its manifest and failed images in f
 
 import csv
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -126,10 +127,14 @@ def write_npz(path: Path, parts: Sequence[Path], manifest: dict) -> None:
 
 
 def _without_nulls(column: pa.ChunkedArray) -> list:
-    if pa.types.is_nested(column.type):
+    kind, values = column.type, column.to_pylist()
+    if pa.types.is_nested(kind):
         return _as_json(column)
-    missing = -1 if pa.types.is_integer(column.type) else np.nan if pa.types.is_floating(column.type) else ""
-    return [missing if value is None else value for value in column.to_pylist()]
+    if pa.types.is_floating(kind):
+        return [math.nan if value is None else value for value in values]
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return [-1 if value is None else value for value in values]
+    return ["" if value is None else str(value) for value in values]
 
 
 def _as_json(column: pa.ChunkedArray) -> list[str]:

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -186,9 +187,11 @@ def _name(path: str | None, number: int, folder: str | None) -> str:
     """Return the name of an image: its path, relative to the dataset's folder if it lies there, or its number."""
     if path is None:
         return str(number)
-    for root in {os.path.abspath(os.path.expanduser(folder)), os.path.realpath(folder)} if folder else ():
-        if path.startswith(root + os.sep):
-            return path[len(root) + 1 :]
+    if folder is not None:
+        folder = os.path.expanduser(folder)
+        for root in (os.path.abspath(folder), os.path.realpath(folder)):
+            if path.startswith(root + os.sep):
+                return path[len(root) + 1 :]
     return path
 
 
@@ -427,7 +430,7 @@ def _remove_parts(path: Path) -> None:
     for part in _existing_parts(path):
         part.unlink()
     folder, target = _part(path, 0).parent, path.resolve()
-    for left in (*folder.glob(".part-*.incomplete"), *target.parent.glob(f".{target.name}.*.incomplete")):
+    for left in (*folder.glob(".part-*.incomplete"), *target.parent.glob(f".{escape(target.name)}.*.incomplete")):
         shutil.rmtree(left, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -462,13 +465,13 @@ def read_features(path: Path) -> Features:
             raise ValueError(
                 f"the features in {parts[0].parent} are not complete; run the command that made them again"
             )
-        raise ValueError(f"there are no features {path}; `dino-eval features` makes them")
+        raise ValueError(f"there are no features in {path}: no such file. Run `dino-eval features` first.")
     names, labels, hashes, features = [], [], [], None
     for table in read_tables(path):
         rows = to_matrix(table["features"])
         if features is None:
             features = torch.empty(manifest["num_images"], *rows.shape[1:])
-        features[len(names) : len(names) + len(rows)] = torch.from_numpy(rows.copy())
+        features.numpy()[len(names) : len(names) + len(rows)] = rows
         names += table["name"].to_pylist()
         labels += table["label"].to_pylist() if "label" in table.column_names else [None] * len(rows)
         hashes.append(table["pixel_hash"].to_numpy())

@@ -343,7 +343,7 @@ def test_damaged_features_give_one_line_error(damage, kept, model, parquet_folde
     message = answer(evaluate_from_command_line, computed, capsys)
     assert str(folder / "train.parquet") in message and ("Delete " in message or "--overwrite" in message)
     (folder / "train.parquet").unlink()  # the remedy
-    assert f"there are no features {folder / 'train.parquet'}" in answer(evaluate_from_command_line, argv, capsys)
+    assert f"there are no features in {folder / 'train.parquet'}" in answer(evaluate_from_command_line, argv, capsys)
     evaluate_from_command_line(list(map(str, computed)))
     evaluate_from_command_line(list(map(str, argv)))
 

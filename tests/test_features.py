@@ -43,6 +43,7 @@ from modeling_dino import DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .commands import Background, command, scripted
+from .conftest import noise
 from .original import FIXTURES, our_names, recorded, tiny_config
 from .test_bad_input import answer
 
@@ -465,13 +466,29 @@ def test_labels_of_every_kind_are_kept(ours, parquet_folder, tmp_path, monkeypat
             assert found[0] == numbers == found[1]["label"].fillna(-1).tolist()
 
 
-def test_images_that_all_fail_give_one_line_error(ours, tmp_path, capsys):
+def test_names_are_relative_to_the_folder(ours, flat_folder):
+    model, processor = load_model(str(ours))
+    for folder in (None, flat_folder):
+        for streaming in (False, True):
+            images = load_images(str(flat_folder), streaming=streaming)
+            names = extract_features(model, images, processor, folder=folder and str(folder)).names
+            assert sorted(names) == sorted(
+                str(path if folder is None else path.name) for path in flat_folder.iterdir()
+            )
+
+
+def test_images_that_all_fail_give_one_line_error(ours, tmp_path, monkeypatch, capsys):
     (tmp_path / "images").mkdir()
     for number in range(3):
         (tmp_path / f"images/{number}.png").write_bytes(b"damaged")
     argv = ["features", "--model", ours, "--dataset_name", tmp_path / "images", "--features", tmp_path / "out"]
     message = answer(evaluate_from_command_line, argv, capsys)
     assert "must have images that can be decoded, got none of 3, such as 0.png" in message
+    noise(np.random.default_rng(0)).save(tmp_path / "images/3.png")
+    monkeypatch.setattr(features, "PART_SIZE", 3)  # the first part has no rows
+    with pytest.warns(UserWarning, match="3 of the 4 images of split train"):
+        evaluate_from_command_line(list(map(str, argv[:-1])) + [str(tmp_path / "other")])
+    assert pandas.read_parquet(tmp_path / "other/train.parquet")["name"].tolist() == ["3.png"]
 
 
 def test_kept_features_of_changed_files_are_refused(ours, parquet_folder, tmp_path):
