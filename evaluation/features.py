@@ -8,6 +8,7 @@ extraction resumes at the first missing part, with any number of processes.
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from argparse import Namespace
@@ -314,9 +315,11 @@ def write_features(
     part_size = PATCH_PART_SIZE if kind == "patch" else PART_SIZE
     parts = [_part(path, number) for number in range(math.ceil(len(dataset) / part_size))]
     complete = _find_kept(path, manifest, overwrite)
-    others = [] if complete else _find_other_parts(path, manifest | {"part_size": part_size}, overwrite)
+    others = _find_other_parts(path, manifest | {"part_size": part_size}, overwrite or complete is not None)
     state.wait_for_everyone()  # all have looked before the first one writes
-    if complete:
+    if complete is not None:
+        if state.is_main_process and not others:
+            _remove_parts(path)  # of a command that was killed at its end
         _warn_of_failed(complete)
         return complete
     if state.is_main_process:
@@ -356,10 +359,11 @@ def write_features(
             "failed": [image for part in found for image in part["failed"]],
         }
         if not about["num_images"]:
-            reason = f", such as {about['failed'][0]['name']}" if about["failed"] else ""
+            _remove_parts(path)
+            example = f", such as {printable(about['failed'][0]['name'])}" if about["failed"] else ""
             raise ValueError(
                 f"split {data['split']} of {data['name']} must have images that can be decoded, got none of "
-                f"{len(dataset)}{reason}. Choose another --dataset_name."
+                f"{len(dataset)}{example}. Choose another --dataset_name."
             )
         filled = [part for part, one in zip(parts, found) if one["num_images"]]
         WRITERS[path.suffix](path, filled, manifest | about)
@@ -382,7 +386,7 @@ def _part(path: Path, number: int) -> Path:
 
 
 def _existing_parts(path: Path) -> list[Path]:
-    return sorted(_part(path, 0).parent.glob("part-*.parquet"))
+    return sorted(part for part in _part(path, 0).parent.glob("*") if re.fullmatch(r"part-\d{5,}\.parquet", part.name))
 
 
 def _find_kept(path: Path, manifest: dict, overwrite: bool) -> dict | None:
@@ -417,8 +421,8 @@ def _check_kept(path: Path, kept: dict, manifest: dict) -> None:
     Raises:
         ValueError: features of something else; names it.
     """
-    for key in manifest.keys() - {"class_names"}:
-        if kept.get(key) != manifest[key]:
+    for key in manifest:
+        if key != "class_names" and kept.get(key) != manifest[key]:
             raise ValueError(
                 f"{path} has features of another {key} ({_difference(kept.get(key), manifest[key])}). Choose another "
                 "--features, or replace them with --overwrite."

@@ -225,6 +225,17 @@ def test_kept_features_of_something_else_are_refused(ours, kept, tmp_path, monke
         kept(streaming=True)
 
 
+def test_parts_that_a_killed_command_has_left_are_removed(kept, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "_remove_parts", lambda path: None)
+        kept()
+    (tmp_path / "train.parts/part-mine.parquet").write_text("mine")
+    first = (tmp_path / "train.parquet").stat().st_mtime_ns
+    kept()
+    assert [path.name for path in (tmp_path / "train.parts").iterdir()] == ["part-mine.parquet"]
+    assert (tmp_path / "train.parquet").stat().st_mtime_ns == first
+
+
 SMALL_PARTS = """
 from evaluation import feature_files, features
 features.PART_SIZE = features.PATCH_PART_SIZE = 4
@@ -484,6 +495,7 @@ def test_images_that_all_fail_give_one_line_error(ours, tmp_path, monkeypatch, c
     argv = ["features", "--model", ours, "--dataset_name", tmp_path / "images", "--features", tmp_path / "out"]
     message = answer(evaluate_from_command_line, argv, capsys)
     assert "must have images that can be decoded, got none of 3, such as 0.png" in message
+    assert not list((tmp_path / "out").iterdir())
     noise(np.random.default_rng(0)).save(tmp_path / "images/3.png")
     monkeypatch.setattr(features, "PART_SIZE", 3)  # the first part has no rows
     with pytest.warns(UserWarning, match="3 of the 4 images of split train"):
