@@ -8,7 +8,9 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 TENSORBOARD = ["tensorboard>=2.15"]
 VIDEO = ["av>=14"]
 UMAP = ["umap-learn>=0.5.7"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", *TIMM, *ONNX, *TENSORBOARD, *VIDEO, *UMAP]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "polars>=1.20"]
+TEST += [*TIMM, *ONNX, *TENSORBOARD, *VIDEO, *UMAP]
+
 
 setup(
     name="dino-hf",
@@ -36,6 +38,7 @@ setup(
         "scipy>=1.11",
         "evaluate>=0.4.6",
         "numpy>=1.26",
+        "pyarrow>=24",
         "matplotlib>=3.8",
         "pillow>=10.1",
         "pyyaml>=6.0",

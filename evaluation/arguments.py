@@ -90,7 +90,8 @@ def add_dataset(parser: Parser) -> None:
     parser.add_argument(
         "--features",
         metavar="DIR",
-        help="folder to keep features in: read if they are there, else written; without --model, read alone",
+        help="folder of Parquet files to keep features in: read if they are there, else written; without --model, "
+        "read alone",
     )
 
 
@@ -101,7 +102,7 @@ def add_extraction(parser: Parser) -> None:
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="of the network and of kept features (default: %(default)s)",
+        help="of the network; features are float32 (default: %(default)s)",
     )
 
 

@@ -117,6 +117,13 @@ def pixel_hash(pixels: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
+def image_name(image) -> str | None:
+    """The path of an image's file, with #page=N, from 1, for a page of it; None for images without a file."""
+    if not isinstance(image, dict) or image["path"] is None:
+        return None
+    return image["path"] + (f"#page={image['page'] + 1}" if image.get("page") is not None else "")
+
+
 def image_content(image: dict) -> bytes:
     """The bytes of an image's file."""
     if image["bytes"] is not None:
@@ -163,11 +170,11 @@ class EncodedImage:
             array = np.asarray(image, dtype=reading.array_dtype)
             self._from_array(to_channels_first(array, reading.num_channels))
             return
-        self.name = image["path"] or "without a file name"
+        self.name = image_name(image) or "without a file name"
         self.page = image.get("page")
         with self._named_errors():
             content = image_content(image)
-            if content.startswith(b"\x93NUMPY") or self.name.lower().endswith(".npz"):
+            if content.startswith(b"\x93NUMPY") or (image["path"] or "").lower().endswith(".npz"):
                 self._from_array(self._fit(_read_array(content)))
             elif (of_scientists := _scientific_reader(content)) is not None:
                 self._open_scientific(of_scientists, content)

@@ -127,5 +127,5 @@ def measure(args: Namespace) -> None:
     labels = features.labels[sample]
     has_labels = all(label is not None for label in labels)
     figure = draw_embedding(coordinates, labels if has_labels else None, features.class_names)
-    arrays = {"images": sample, "coordinates": coordinates} | ({"labels": labels} if has_labels else {})
+    arrays = {"images": features.rows[sample], "coordinates": coordinates} | ({"labels": labels} if has_labels else {})
     write_files(args, figure, arrays)

@@ -1,17 +1,21 @@
 """A model and images -> features, each image exactly once whatever the number of processes; kept on disk if wanted.
 
-Kept features lie in parts of as many images each. A part that is written is never computed again, so that extraction
-goes on where it was stopped, with any number of processes.
+`--features DIR` holds one file for each split: a Parquet file, which pandas, polars and datasets read in one line (see
+`feature_files`), or an .npz or CSV. During the extraction, finished parts lie in `DIR/{split}.parts`. A stopped
+extraction resumes at the first missing part, with any number of processes.
 """
 
 import json
 import math
 import os
+import re
+import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +23,35 @@ import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_dino.command_line import Parser, check_files
+from modeling_dino.command_line import Parser, printable
 
 from .arguments import READING, add_dataset, add_extraction, add_model
-from .decoding import Reading, decode_image, pixel_hash
+from .decoding import BrokenImageError, Reading, decode_image, image_name, pixel_hash
+from .feature_files import (
+    WRITERS,
+    files_of,
+    is_from_features,
+    make_table,
+    read_manifest,
+    read_tables,
+    to_labels,
+    to_matrix,
+    write_part,
+)
 from .images import content_of, load_images, split_names
 from .labels import known_labels, match_names, plain_labels
-from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values
-from .outputs import check_outputs, replacing, write_text
+from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
+from .outputs import check_outputs
 from .processes import of_all_processes
 from .workers import Loader
 
 
-MANIFEST = "manifest.json"  # of kept features
-PART_SIZE = 4096  # images in a file of kept features
+PART_SIZE = 4096  # images in a part of kept features
+PATCH_PART_SIZE = 256  # the same of patch tokens, which are larger by the number of patches
+TOKENS = ("cls", "mean", "patch")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,23 +60,33 @@ class Features:
     """Features of a split, and where they come from.
 
     Args:
-        features: (images, hidden) in fp32 on the CPU.
+        features: (images, hidden) in fp32 on the CPU; (images, patches, hidden) of patch tokens.
         labels: (images,), of any kind that numpy can sort; None for images without.
         hashes: (images,) in int64, equal for images of equal pixels.
+        names: Name of each image: its path relative to the dataset's folder, else its path or number as text.
         class_names: Of the labels, where the data set has them.
         model: What `describe_model` says.
         data: Name, configuration and split of the data set, number and hash of all images.
+        failed: Images of kept features that could not be decoded and have no row, as {name, reason, row}.
     """
 
     features: torch.Tensor
     labels: np.ndarray
     hashes: np.ndarray
+    names: list[str] = field(default_factory=list)
     class_names: list[str] | None = None
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
+    failed: list[dict] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(images,) number of each image in the dataset, where images that could not be decoded count, too."""
+        numbers = np.arange(len(self) + len(self.failed))
+        return np.setdiff1d(numbers, [image["row"] for image in self.failed])
 
 
 class ImageCollator:
@@ -75,8 +99,36 @@ class ImageCollator:
     def __call__(self, rows: list[dict]) -> tuple[torch.Tensor, list, list[int], list[str | None]]:
         images = [decode_image(row["image"], self.reading) for row in rows]
         hashes = [pixel_hash(image) for image in images]
-        names = [row["image"]["path"] if isinstance(row["image"], dict) else None for row in rows]
+        names = [image_name(row["image"]) for row in rows]
         return to_pixel_values(self.image_processor, images), [row.get("label") for row in rows], hashes, names
+
+
+class _DecodableImages:
+    """`ImageCollator` that leaves out images that cannot be decoded.
+
+    Args:
+        collate: The collator of the other images.
+        is_strict: Whether an image that cannot be decoded is an error.
+    """
+
+    def __init__(self, collate: Callable, is_strict: bool):
+        self.collate, self.is_strict = collate, is_strict
+
+    def __call__(self, rows: list[dict]) -> tuple[tuple | None, dict[int, tuple[str | None, str]]]:
+        """Return the collated rows, None if no row can be decoded, and path and reason of the others by position."""
+        try:
+            return self.collate(rows), {}
+        except BrokenImageError:
+            if self.is_strict:
+                raise
+        failed = {}
+        for position, row in enumerate(rows):
+            try:
+                self.collate([row])
+            except BrokenImageError as error:
+                failed[position] = image_name(row["image"]), error.reason
+        decodable = [row for position, row in enumerate(rows) if position not in failed]
+        return (self.collate(decodable) if decodable else None), failed
 
 
 def extract_features(
@@ -86,6 +138,7 @@ def extract_features(
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "features",
+    folder: str | None = None,
     reading: Reading | None = None,
 ) -> Features:
     """Features of all images of a dataset of `load_images`, in evaluation mode.
@@ -97,6 +150,7 @@ def extract_features(
         batch_size: Images per forward pass and process.
         num_workers: Worker processes that decode.
         description: Text of the progress bar.
+        folder: The dataset's, which names are relative to.
         reading: How images are read. Default: for the channels that the model takes.
 
     Returns:
@@ -113,12 +167,13 @@ def extract_features(
         part = dataset
         if state.num_processes > 1:
             part = split_dataset_by_node(dataset, state.process_index, state.num_processes)
-        return _extract_share(model, part, image_processor, batch_size, num_workers, description, reading)
+        return _extract_share(model, part, image_processor, batch_size, num_workers, description, reading=reading)
 
     features = _join(of_all_processes(share, description))
     if not len(features):
         raise ValueError(f"there are no images to compute {description} of")
     features.class_names = class_names(dataset)
+    features.names = [_name(path, number, folder) for number, path in enumerate(features.names)]
     return features
 
 
@@ -128,7 +183,20 @@ def _join(parts: list[Features]) -> Features:
         torch.cat([part.features for part in parts]),
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.hashes for part in parts]),
+        [name for part in parts for name in part.names],
     )
+
+
+def _name(path: str | None, number: int, folder: str | None) -> str:
+    """Return the name of an image: its path, relative to the dataset's folder if it lies there, or its number."""
+    if path is None:
+        return str(number)
+    if folder is not None:
+        folder = os.path.expanduser(folder)
+        for root in (os.path.abspath(folder), os.path.realpath(folder)):
+            if path.startswith(root + os.sep):
+                return path[len(root) + 1 :]
+    return path
 
 
 def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
@@ -178,41 +246,55 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def _extract_share(
     model: PreTrainedModel, dataset: Dataset | IterableDataset, image_processor, batch_size: int, num_workers: int,
-    description: str, reading: Reading | None = None,
+    description: str, kind: str = "cls", is_strict: bool = True, reading: Reading | None = None,
 ) -> Features:  # fmt: skip
-    """`extract_features` of what one process gets."""
+    """`extract_features` of what one process gets. Names are paths, or None; rows count from the share's first."""
     reading = (reading or Reading(num_channels(model.config))).of(dataset.features)
-    collate = ImageCollator(image_processor, reading)
+    collate = _DecodableImages(ImageCollator(image_processor, reading), is_strict)
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = Loader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
     )
     num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
-    features, labels, hashes = [], [], []
+    features, labels, hashes, names, failed = [], [], [], [], []
     # on a terminal alone
     disable = None if PartialState().is_main_process else True
     with evaluating(model):
-        for pixel_values, batch_labels, batch_hashes, names in tqdm(
-            loader, description, num_batches, leave=False, disable=disable
-        ):
-            rows = pooled(model, run_model(model, pixel_values)).float().cpu()
-            is_finite = rows.isfinite().all(1)
+        for collated, reasons in tqdm(loader, description, num_batches, leave=False, disable=disable):
+            first = len(names) + len(failed)
+            failed += [
+                {"name": path, "reason": reason, "row": first + position}
+                for position, (path, reason) in reasons.items()
+            ]
+            if collated is None:
+                continue
+            pixel_values, batch_labels, batch_hashes, batch_names = collated
+            rows = _compute(model, pixel_values, kind)
+            is_finite = rows.isfinite().flatten(1).all(1)
             if not is_finite.all():
                 row = int((~is_finite).nonzero()[0])
-                name = names[row] or f"number {len(labels) + row} (from 0) of this process's share"
+                name = batch_names[row] or f"number {len(labels) + row} (from 0) of this process's share"
                 raise ValueError(f"{description}: the model's features of image {name} are not finite")
             features.append(rows)
             labels.extend(batch_labels)
             hashes.extend(batch_hashes)
+            names.extend(batch_names)
     return Features(
-        torch.cat(features) if features else torch.empty(0, 0),
-        plain_labels(labels, class_names(dataset)),
-        np.array(hashes, dtype=np.int64),
-    )
+        torch.cat(features) if features else torch.empty(0, 1), to_labels(labels), np.array(hashes, dtype=np.int64),
+        names, failed=failed,
+    )  # fmt: skip
 
 
-def keep_features(
-    folder: Path,
+def _compute(model: PreTrainedModel, pixel_values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return features in fp32 on the CPU: (batch, hidden), or (batch, patches, hidden) for the kind `patch`."""
+    if kind == "cls":
+        return pooled(model, run_model(model, pixel_values)).float().cpu()
+    patches = tokens(model, pixel_values)[-1].patches.float().flatten(1, 2)
+    return (patches if kind == "patch" else patches.mean(1)).cpu()
+
+
+def write_features(
+    path: Path,
     name: str,
     model: PreTrainedModel,
     dataset: Dataset,
@@ -221,24 +303,28 @@ def keep_features(
     batch_size: int = 64,
     num_workers: int = 0,
     overwrite: bool = False,
+    kind: str = "cls",
     reading: Reading | None = None,
-) -> Features:
-    """`extract_features` with `folder` to keep them in: what is there already is not computed again.
+) -> dict:
+    """Write the features of a split to a file, unless they are there already.
 
-    Every process computes parts of its own, in the order of the data set; a file that is there is whole. Features are
-    kept in the model's dtype.
+    Every process computes parts of its own, in the order of the dataset. The main process then joins them. Images that
+    cannot be decoded are skipped and warned of.
 
     Args:
-        folder: `part-00000.safetensors` and on (features, hashes, and labels as JSON in the metadata) and
-            `manifest.json`, whose `num_images` is there when all are.
+        path: The file, a .parquet, .npz or .csv.
         name: The model's, for the manifest.
         data: What is known of the data set beforehand, for the manifest.
-        overwrite: Whether to replace features of another model, dataset, image processor or dtype.
+        overwrite: Whether to replace features of another model, dataset, image processor, dtype or kind of tokens.
+        kind: `cls` for pooled features, `mean` for the mean of the last block's patch tokens, `patch` for all of them.
         Others: see `extract_features`.
 
+    Returns:
+        The manifest: `num_images` with features, and those that `failed`, each with `name`, `reason` and `row`.
+
     Raises:
-        ValueError: a stream, of which no part can be read alone; features of another model, dataset, image processor
-            or dtype in `folder`, or damaged ones.
+        ValueError: a stream, of which no part can be read alone; no image that can be decoded; features of another
+            model, dataset, image processor, dtype or kind at `path`, or damaged ones.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("features of a stream cannot be kept: leave out --streaming or --features")
@@ -248,135 +334,183 @@ def keep_features(
         "data": data,
         "image_processor": json.loads(json.dumps(image_processor.to_dict(), default=str)),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": kind,
         "class_names": class_names(dataset),
-        "part_size": PART_SIZE,
-        "num_images": None,
     }
-    path = folder / MANIFEST
+    part_size = PATCH_PART_SIZE if kind == "patch" else PART_SIZE
+    parts = [_part(path, number) for number in range(math.ceil(len(dataset) / part_size))]
+    complete = _find_kept(path, manifest, overwrite)
+    others = _find_other_parts(path, manifest | {"part_size": part_size}, overwrite or complete is not None)
+    state.wait_for_everyone()  # all have looked before the first one writes
+    if complete is not None:
+        if state.is_main_process and not others:
+            _remove_parts(path)  # of a command that was killed at its end
+        _warn_of_failed(complete)
+        return complete
+    if state.is_main_process:
+        for part in others:
+            part.unlink()
+    state.wait_for_everyone()
+    label_type = dataset.features.arrow_schema.field("label").type if "label" in dataset.column_names else None
+
+    def share() -> None:
+        """Compute this process's parts."""
+        for number in range(state.process_index, len(parts), state.num_processes):
+            if parts[number].exists():
+                continue
+            first = number * part_size
+            rows = dataset.select(range(first, min(first + part_size, len(dataset))))
+            description = f"{data['split']}, part {number + 1} of {len(parts)}"
+            computed = _extract_share(
+                model, rows, image_processor, batch_size, num_workers, description, kind, False, reading
+            )
+            failed = [image | {"row": first + image["row"]} for image in computed.failed]
+            failed = [image | {"name": _name(image["name"], image["row"], data["name"])} for image in failed]
+            names = [_name(file, first + int(row), data["name"]) for row, file in zip(computed.rows, computed.names)]
+            table = make_table(
+                names, computed.labels.tolist(), computed.hashes, computed.features, label_type,
+                manifest["class_names"],
+            )  # fmt: skip
+            about = {"part_size": part_size, "num_images": len(computed), "failed": failed}
+            write_part(parts[number], table, manifest | about)
+
+    of_all_processes(share, f"features of {data['split']}")
+
+    def join() -> dict | None:
+        """Write the file from all parts, on the main process, and remove them."""
+        if not state.is_main_process:
+            return None
+        found = [read_manifest(part) for part in parts]
+        about = {
+            "num_images": sum(part["num_images"] for part in found),
+            "failed": [image for part in found for image in part["failed"]],
+        }
+        if not about["num_images"]:
+            _remove_parts(path)
+            example = f", such as {printable(about['failed'][0]['name'])}" if about["failed"] else ""
+            raise ValueError(
+                f"split {data['split']} of {data['name']} must have images that can be decoded, got none of "
+                f"{len(dataset)}{example}. Choose another --dataset_name."
+            )
+        filled = [part for part, one in zip(parts, found) if one["num_images"]]
+        WRITERS[path.suffix](path, filled, manifest | about)
+        _remove_parts(path)
+        return manifest | about
+
+    complete = of_all_processes(join, f"features of {data['split']}")[0]
+    _warn_of_failed(complete)
+    return complete
+
+
+def keep_features(path: Path, *args, **kwargs) -> Features:
+    """`extract_features` with a Parquet file to keep them in: see `write_features`."""
+    write_features(path, *args, **kwargs)
+    return read_features(path)
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.parts") / f"part-{number:05d}.parquet"
+
+
+def _existing_parts(path: Path) -> list[Path]:
+    return sorted(part for part in _part(path, 0).parent.glob("*") if re.fullmatch(r"part-\d{5,}\.parquet", part.name))
+
+
+def _find_kept(path: Path, manifest: dict, overwrite: bool) -> dict | None:
+    """Return the manifest of a complete file of the features that a manifest describes, None if there is none."""
     try:
-        is_complete = _check_kept(folder, manifest)
+        kept = read_manifest(path)
+        if kept is not None:
+            _check_kept(path, kept, manifest)
+        return kept
     except ValueError:
         if not overwrite:
             raise
-        is_complete = None
-    state.wait_for_everyone()  # all have looked before the first one writes
-    if state.is_main_process and not is_complete:
-        if is_complete is None:
-            for file in folder.glob("part-*.safetensors"):
-                file.unlink()
-        write_text(path, json.dumps(manifest, indent=2))
-    state.wait_for_everyone()
-
-    num_parts = math.ceil(len(dataset) / PART_SIZE)
-
-    def share() -> None:
-        """Computes this process's parts."""
-        for part in range(state.process_index, num_parts, state.num_processes):
-            file = folder / f"part-{part:05d}.safetensors"
-            if file.exists():
-                continue
-            rows = dataset.select(range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(dataset))))
-            description = f"{data['split']}, part {part + 1} of {num_parts}"
-            computed = _extract_share(model, rows, image_processor, batch_size, num_workers, description, reading)
-            tensors = {"features": computed.features.to(model.dtype), "hashes": torch.from_numpy(computed.hashes)}
-            with replacing(file) as temporary:
-                save_file(tensors, temporary, {"labels": json.dumps(computed.labels.tolist())})
-
-    of_all_processes(share, f"features of {data['split']}")
-    if state.is_main_process and not is_complete:
-        write_text(path, json.dumps(manifest | {"num_images": len(dataset)}, indent=2))
-    state.wait_for_everyone()
-    return read_features(folder)
+        return None
 
 
-def _check_kept(folder: Path, manifest: dict) -> bool | None:
-    """Return whether kept features are complete, None if there are none.
+def _find_other_parts(path: Path, manifest: dict, overwrite: bool) -> list[Path]:
+    """Return the parts to overwrite, which are not of the features that a manifest describes."""
+    others = []
+    for part in _existing_parts(path):
+        try:
+            _check_kept(part, read_manifest(part), manifest)
+        except ValueError:
+            if not overwrite:
+                raise
+            others.append(part)
+    return others
+
+
+def _check_kept(path: Path, kept: dict, manifest: dict) -> None:
+    """Check that features on disk are those that a manifest describes.
 
     Raises:
-        ValueError: features that the manifest given does not describe.
+        ValueError: features of something else; names it.
     """
-    kept = read_manifest(folder)
-    if kept is None:
-        return None
-    for key in manifest.keys() - {"num_images", "class_names"}:
-        if kept[key] != manifest[key]:
+    for key in manifest:
+        if key != "class_names" and kept.get(key) != manifest[key]:
             raise ValueError(
-                f"{folder} has features of another {key} ({_difference(kept[key], manifest[key])}); choose another "
-                "folder, or give --overwrite"
+                f"{path} has features of another {key} ({_difference(kept.get(key), manifest[key])}). Choose another "
+                "--features, or replace them with --overwrite."
             )
-    return kept["num_images"] is not None
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest of kept features, None if there is none.
-
-    Raises:
-        ValueError: a manifest that is damaged or is not one of features, or parts without a manifest.
-    """
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
-        if parts := sorted(folder.glob("part-*.safetensors")):
-            raise ValueError(f"{parts[0]} has no {MANIFEST} beside it. Delete {folder}, or choose another --features.")
-        return None
-    try:
-        check_files(folder)
-        manifest = json.loads(path.read_text())
-        names = ("model", "image_processor", "dtype", "class_names", "part_size", "num_images")
-        range(0, manifest["num_images"] or 0, manifest["part_size"])  # fails unless they are numbers
-        return {name: manifest[name] for name in names} | {"data": dict(manifest["data"])}
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged, or is not a manifest of features. Delete {folder} and run the command that made it "
-            "again, or choose another --features."
-        ) from error
+def _remove_parts(path: Path) -> None:
+    """Remove the parts, and what processes that were killed have left of this file."""
+    for part in _existing_parts(path):
+        part.unlink()
+    folder, target = _part(path, 0).parent, path.resolve()
+    for left in (*folder.glob(".part-*.incomplete"), *target.parent.glob(f".{escape(target.name)}.*.incomplete")):
+        shutil.rmtree(left, ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
-def _read_part(path: Path) -> Features:
-    try:
-        with safe_open(path, "pt") as opened:
-            labels = np.array(json.loads(opened.metadata()["labels"]))
-            part = Features(opened.get_tensor("features").float(), labels, opened.get_tensor("hashes").numpy())
-        if not (part.features.ndim == 2 and len(part.features) == len(part.labels) == len(part.hashes)):
-            raise ValueError(f"{len(part.labels)} labels")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is missing or damaged. Delete it and run the command that made it again, with --model and "
-            "--dataset_name."
-        ) from error
-    return part
+def _warn_of_failed(manifest: dict) -> None:
+    failed, data = manifest["failed"], manifest["data"]
+    if failed and PartialState().is_main_process:
+        num_images = manifest["num_images"] + len(failed)
+        warnings.warn(
+            f"{len(failed)} of the {num_images} images of split {data['split']} of {data['name']} cannot be decoded "
+            f"and are skipped, such as {printable(failed[0]['name'])}"
+        )
 
 
 def _difference(kept, given) -> str:
-    if not isinstance(kept, dict):
+    if not isinstance(kept, dict) or not isinstance(given, dict):
         return f"{kept}, not {given}"
     names = [name for name in dict.fromkeys([*kept, *given]) if kept.get(name) != given.get(name)]
     return ", ".join(f"{name} {kept.get(name)}, not {given.get(name)}" for name in names)
 
 
-def read_features(folder: Path) -> Features:
-    """What `keep_features` has written.
+def read_features(path: Path) -> Features:
+    """Read a Parquet file of `write_features`.
 
     Raises:
         ValueError: if there is nothing, or not all of it yet, or a file that is damaged.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(path)
     if manifest is None:
-        raise ValueError(f"there are no features in {folder}; `dino-eval features` makes them")
-    if manifest["num_images"] is None:
-        raise ValueError(f"the features in {folder} are not complete; run the command that made them again")
-    num_parts = math.ceil(manifest["num_images"] / manifest["part_size"])
-    parts = [_read_part(folder / f"part-{part:05d}.safetensors") for part in range(num_parts)]
-    if len({part.features.shape[1] for part in parts}) != 1 or sum(map(len, parts)) != manifest["num_images"]:
-        raise ValueError(
-            f"the parts in {folder} do not fit its {MANIFEST}. Delete {folder} and run the command that made it again."
-        )
-    features = _join(parts)
-    features.class_names, features.model, features.data = (
-        manifest["class_names"],
-        manifest["model"],
-        manifest["data"] | content_of(features.hashes),
-    )
-    return features
+        if parts := _existing_parts(path):
+            raise ValueError(
+                f"the features in {parts[0].parent} are not complete; run the command that made them again"
+            )
+        raise ValueError(f"there are no features in {path}: no such file. Run `dino-eval features` first.")
+    names, labels, hashes, features = [], [], [], None
+    for table in read_tables(path):
+        rows = to_matrix(table["features"])
+        if features is None:
+            features = torch.empty(manifest["num_images"], *rows.shape[1:])
+        features.numpy()[len(names) : len(names) + len(rows)] = rows
+        names += table["name"].to_pylist()
+        labels += table["label"].to_pylist() if "label" in table.column_names else [None] * len(rows)
+        hashes.append(table["pixel_hash"].to_numpy())
+    hashes = np.concatenate(hashes)
+    return Features(
+        features, to_labels(labels), hashes, names, manifest["class_names"], manifest["model"],
+        manifest["data"] | content_of(hashes), manifest["failed"],
+    )  # fmt: skip
 
 
 def features_of(args: Namespace, split: str, with_labels: bool = False) -> Features:
@@ -390,7 +524,7 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     if args.features and not args.model:
         if args.image_size is not None:
             raise ValueError("image_size is for a --model; these features are what they are")
-        features = read_features(Path(args.features) / split)
+        features = read_features(Path(args.features) / f"{split}.parquet")
     else:
         features = _new_features(args, split, no_labels if with_labels else None)
     return labelled(features, split) if with_labels else features
@@ -406,20 +540,26 @@ def labelled(features: Features, split: str, like: Features | None = None) -> Fe
     known = known_labels(labels, split)
     labels = plain_labels(labels[known])
     labels = match_names(labels, features.class_names, like.class_names if like else None)
-    return replace(features, features=features.features[known], labels=labels, hashes=features.hashes[known])
+    names = [features.names[index] for index in known]
+    return replace(
+        features, features=features.features[known], labels=labels, hashes=features.hashes[known], names=names
+    )
 
 
-def check_features(args: Namespace, *names: str) -> None:
-    """Check the folders in --features that a command will fill, before any work.
+def check_features(args: Namespace, *names: str, suffix: str = ".parquet") -> None:
+    """Check the files in --features that a command will write, before any work.
 
     Raises:
-        ValueError: see `read_manifest`, without --overwrite; and `check_outputs`.
+        ValueError: see `check_outputs`; without --overwrite, also files that are damaged.
     """
-    if args.features and args.model:
-        for folder in (Path(args.features) / name for name in names):
-            check_outputs(args, [folder / "part-00000.safetensors"], is_ours=lambda path: True)
-            if not args.overwrite:
-                read_manifest(folder)
+    if not (args.features and args.model):
+        return
+    of_features = Namespace(**vars(args) | {"protocol": "features"})  # whose files they are, whatever the command
+    for path in (Path(args.features) / f"{name}{suffix}" for name in names):
+        check_outputs(of_features, files_of(path), is_ours=lambda _: is_from_features(path))  # noqa: B023
+        check_outputs(of_features, [_part(path, 0), *_existing_parts(path)], is_ours=is_from_features)
+        if not args.overwrite:
+            read_manifest(path)
 
 
 def _check_given(args: Namespace) -> None:
@@ -439,13 +579,15 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
     reading = reading_of(args, model)
     data = describe_data(args, split, dataset)
     if args.features:
+        path = Path(args.features) / f"{split}.parquet"
         return keep_features(
-            Path(args.features) / split, args.model, model, dataset, image_processor, data, args.batch_size,
-            args.num_workers, args.overwrite, reading,
+            path, args.model, model, dataset, image_processor, data, args.batch_size, args.num_workers, args.overwrite,
+            reading=reading,
         )  # fmt: skip
     features = extract_features(
-        model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}", reading
-    )
+        model, dataset, image_processor, args.batch_size, args.num_workers, f"{args.model}, {split}",
+        args.dataset_name, reading,
+    )  # fmt: skip
     features.model = describe_model(model, args.model)
     features.data = data | content_of(features.hashes)
     return features
@@ -493,10 +635,10 @@ def find_eval_split(args: Namespace) -> str:
         return args.eval_split
     if args.features and not args.model:
         names = [
-            path.parent.name
-            for path in Path(args.features).glob(f"*/{MANIFEST}")
-            if read_manifest(path.parent)["data"]["split"] == path.parent.name
-        ]  # else inputs of `linear`
+            path.stem
+            for path in sorted(Path(args.features).glob("*.parquet"))
+            if is_from_features(path) and read_manifest(path)["data"].get("split") == path.stem
+        ]  # else patch tokens, or inputs of `linear`
     else:
         _check_given(args)
         names = splits_of(args)
@@ -522,6 +664,19 @@ def add_arguments(parser: Parser) -> None:
     add_dataset(parser)
     add_extraction(parser)
     parser.add_argument("--splits", nargs="+", help="splits (default: all that there are)")
+    parser.add_argument(
+        "--tokens",
+        choices=TOKENS,
+        default="cls",
+        help="features of an image: cls, the pooled output that other protocols read; mean, the mean of the last "
+        "block's patch tokens; patch, all of them. Default: %(default)s",
+    )
+    parser.add_argument(
+        "--format",
+        choices=[suffix.removeprefix(".") for suffix in WRITERS],
+        default="parquet",
+        help="format of the files, of which other protocols read Parquet. Default: %(default)s",
+    )
 
 
 def measure(args: Namespace) -> None:
@@ -530,10 +685,20 @@ def measure(args: Namespace) -> None:
         raise ValueError("give --features, the folder to write")
     if not args.model or not args.dataset_name:
         raise ValueError("give --model and --dataset_name")
+    if args.tokens == "patch" and args.format == "csv":
+        raise ValueError(
+            "format must be parquet or npz for patch tokens, got csv. Choose another --format or --tokens."
+        )
     splits = args.splits or splits_of(args)
-    check_features(args, *splits)
+    names = {split: split if args.tokens == "cls" else f"{split}-{args.tokens}" for split in splits}
+    check_features(args, *names.values(), suffix=f".{args.format}")
     for split in splits:
-        features = features_of(args, split)
+        dataset = images_of(args, split)
+        model, image_processor = load_model_of(args)
+        path = Path(args.features) / f"{names[split]}.{args.format}"
+        manifest = write_features(
+            path, args.model, model, dataset, image_processor, describe_data(args, split, dataset), args.batch_size,
+            args.num_workers, args.overwrite, args.tokens, reading_of(args, model),
+        )  # fmt: skip
         if PartialState().is_main_process:
-            shape = " x ".join(map(str, features.features.shape))
-            print(f"wrote {shape} features of {split} to {Path(args.features) / split}")
+            print(f"wrote features of {manifest['num_images']} images of {split} to {path}")

@@ -426,8 +426,7 @@ class KeptFeatures:
         return self.train.hashes
 
     def _read(self, split: str, inputs: dict) -> Features:
-        """From the split's folder, which other protocols know as well, if these are pooled features; else from one of
-        their own."""
+        """Return pooled features from the split's file, which other protocols read; others from a separate one."""
         args = self.args
         if inputs["n_last_blocks"] == 1 and not inputs["avgpool_patchtokens"]:
             return features_of(args, split)
@@ -436,9 +435,10 @@ class KeptFeatures:
         check_features(args, f"{split}-{kind}")
         images = images_of(args, split)
         data = describe_data(args, split, images) | {"inputs": kind}
+        path = Path(args.features) / f"{split}-{kind}.parquet"
         return keep_features(
-            Path(args.features) / f"{split}-{kind}", args.model, self.network, images, self.image_processor, data,
-            args.batch_size, args.num_workers, args.overwrite, reading_of(args, self.network),
+            path, args.model, self.network, images, self.image_processor, data, args.batch_size, args.num_workers,
+            args.overwrite, reading=reading_of(args, self.network),
         )  # fmt: skip
 
 

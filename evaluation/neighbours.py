@@ -109,19 +109,20 @@ def _find_pictures(args: Namespace, features: Features, split: str, indices: np.
     """The pixels of some images of the split that features are of, by index, decoded once each."""
     name, config = (args.dataset_name or features.data["name"]), args.dataset_config_name or features.data["config"]
     dataset = images_of(Namespace(**vars(args) | {"dataset_name": name, "dataset_config_name": config}), split)
-    if len(dataset) != len(features):
-        raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are {len(features)} features")
+    num_images = len(features) + len(features.failed)
+    if len(dataset) != num_images:
+        raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are features of {num_images}")
     reading, image_processor = Reading(3), None
     if args.model:
         model, image_processor = load_model_of(args)
         reading = reading_of(args, model)
-    reading = reading.of(dataset.features)
-    return {
-        index: to_picture(
-            to_values(image_processor, decode_image(dataset[index]["image"], reading)), args.display_channels
-        )
-        for index in np.unique(indices).tolist()
-    }
+    reading, rows = reading.of(dataset.features), features.rows
+
+    def picture(index: int) -> np.ndarray:
+        pixels = decode_image(dataset[int(rows[index])]["image"], reading)
+        return to_picture(to_values(image_processor, pixels), args.display_channels)
+
+    return {index: picture(index) for index in np.unique(indices).tolist()}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -182,4 +183,5 @@ def measure(args: Namespace) -> None:
         query_pictures, [[pictures[index] for index in row] for row in indices], similarities, query_names, names,
         same_class,
     )  # fmt: skip
-    write_files(args, figure, {"queries": shown, "indices": indices, "similarities": similarities})
+    rows = queries.rows[shown], train.rows[indices]
+    write_files(args, figure, {"queries": rows[0], "indices": rows[1], "similarities": similarities})

@@ -1,7 +1,8 @@
 """Files that a command writes: which ones it may replace, and how they are written whole.
 
 A command replaces its own files alone. It recognizes them by what they say of themselves: reports by their entries'
-`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment.
+`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment, and
+features by their manifest.
 """
 
 import json

@@ -64,8 +64,14 @@ def rename(images):
     ("change", "said"),
     [
         (add, "had 24 images, and has 25 (in 1 file, such as train/a/new.png)"),
-        (replace, "have been replaced since: their sizes or modification times differ (in 1 file, such as train/a/0.png)"),
-        (touch, "have been replaced since: their sizes or modification times differ (in 1 file, such as train/a/0.png)"),
+        (
+            replace,
+            "have been replaced since: their sizes or modification times differ (in 1 file, such as train/a/0.png)",
+        ),
+        (
+            touch,
+            "have been replaced since: their sizes or modification times differ (in 1 file, such as train/a/0.png)",
+        ),
         (rename, "have been added, removed or renamed (in 2 files, such as train/a/0.png)"),
     ],
 )
@@ -102,7 +108,9 @@ def test_only_files_that_are_read_identify_the_data(images):
     assert identity(images) == before and before[0]["num_files"] == 24
     for name in ("tmp1.png", "cache-1.png", "__1.PNG"):
         (images / "train/a" / name).write_bytes(b"a picture")
-        assert f"added, removed or renamed (in 1 file, such as train/a/{name})" in explain_change(before, identity(images))
+        assert f"added, removed or renamed (in 1 file, such as train/a/{name})" in explain_change(
+            before, identity(images)
+        )
         (images / "train/a" / name).unlink()
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pandas
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from evaluation import features
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.outputs import filling, is_from, replacing
 from modeling_dino import DINOModel
@@ -73,8 +76,12 @@ COMMANDS = {
         "video_segmentation --dataset_name {inputs}/davis --sequences one --image_size 64 --output_dir {out}",
         "one/00001.png",
     ),
-    "manifest": ("features --dataset_name {images} --features {out}", "train/manifest.json"),
-    "features": ("knn --dataset_name {labelled} --k 1 --features {out}", "test/manifest.json"),
+    "features": ("features --dataset_name {images} --features {out}", "train.parquet"),
+    "kept features": ("knn --dataset_name {labelled} --k 1 --features {out}", "test.parquet"),
+    "npz features": ("features --dataset_name {images} --features {out} --format npz", "train.npz"),
+    "csv features": ("features --dataset_name {images} --features {out} --format csv", "train.csv"),
+    "failed images": ("features --dataset_name {images} --features {out} --format csv", "train.failed.csv"),
+    "manifest": ("features --dataset_name {images} --features {out} --format csv", "train.manifest.json"),
     "suite": ("suite --config {inputs}/suite.yaml --output_dir {out}", "table.md"),
     "suite csv": ("suite --config {inputs}/suite.yaml --output_dir {out}", "table.csv"),
     "suite png": ("suite --config {inputs}/suite.yaml --output_dir {out}", "table.png"),
@@ -129,7 +136,8 @@ def test_own_file_is_replaced(kind, inputs, tmp_path):
     written, first = files_in(tmp_path), path.stat().st_mtime_ns
     succeed(*argv)
     assert files_in(tmp_path) == written and not list(tmp_path.rglob(".*.incomplete"))
-    assert kind in ("manifest", "features", "checkpoint") or path.stat().st_mtime_ns > first
+    is_complete = "features" in kind or kind in ("failed images", "manifest", "checkpoint")
+    assert is_complete or path.stat().st_mtime_ns > first
 
 
 def test_report_of_another_command_survives(inputs, tmp_path):
@@ -182,7 +190,7 @@ def test_links_are_followed(inputs, tmp_path):
     assert link.is_symlink() and is_from(target, "attention")
 
 
-@pytest.mark.parametrize("kind", ["sheet", "figures", "manifest", "embedding"])
+@pytest.mark.parametrize("kind", ["sheet", "figures", "features", "embedding"])
 def test_output_within_the_images_is_refused(kind, inputs, flat_folder, tmp_path):
     shutil.copytree(flat_folder, tmp_path / "images")
     before = files_in(tmp_path)
@@ -291,43 +299,73 @@ def kept(model, parquet_folder, tmp_path_factory):
     return folder
 
 
-def without_key(path: Path) -> None:
-    manifest = json.loads(path.read_text())
-    del manifest["part_size"]
-    path.write_text(json.dumps(manifest))
+def with_manifest(**fields):
+    """Return a function that changes the manifest of a Parquet file; a field that becomes None is left out."""
+
+    def change(path: Path) -> None:
+        table = pyarrow.parquet.read_table(path)
+        manifest = json.loads(table.schema.metadata[b"dino_hf"]) | fields
+        manifest = {name: value for name, value in manifest.items() if value is not None}
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"dino_hf": json.dumps(manifest)}), path)
+
+    return change
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("part-00000.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9])),
-        ("part-00000.safetensors", lambda path: path.write_bytes(b"x" * 99)),
-        ("part-00000.safetensors", Path.unlink),
-        ("part-00000.safetensors", lambda path: save_file({"features": torch.zeros(3, 4)}, path)),
-        ("manifest.json", lambda path: path.write_text("{")),
-        ("manifest.json", lambda path: path.write_text("[]")),
-        ("manifest.json", without_key),
-        ("manifest.json", with_field(part_size=0)),
-        ("manifest.json", with_field(num_images="many")),
-        ("manifest.json", Path.unlink),
-    ],
-)
-def test_damaged_features_give_one_line_error(name, damage, kept, model, parquet_folder, tmp_path, capsys):
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "garbage": lambda path: path.write_bytes(b"x" * 99),
+    "another program's": lambda path: pandas.DataFrame({"label": [1, 2]}).to_parquet(path),
+    "a bit": flip_a_bit,
+    "without a field": with_manifest(tokens=None),
+    "with other rows": with_manifest(num_images=7),
+    "no manifest": lambda path: pyarrow.parquet.write_table(
+        pyarrow.parquet.read_table(path).replace_schema_metadata({"dino_hf": "["}), path
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_features_give_one_line_error(damage, kept, model, parquet_folder, tmp_path, capsys):
     folder = tmp_path / "kept"
     shutil.copytree(kept, folder)
-    damage(folder / "train" / name)
+    DAMAGES[damage](folder / "train.parquet")
     argv = ["knn", "--k", 1, "--features", folder]
     computed = [*argv, "--model", model, "--dataset_name", parquet_folder]
     message = answer(evaluate_from_command_line, argv, capsys)
-    assert str(folder / "train") in message and ("Delete " in message)
-    if (folder / "train" / name).exists() or name == "manifest.json":
-        assert "Delete " in answer(evaluate_from_command_line, computed, capsys)
-    if name == "manifest.json":  # the remedy
-        shutil.rmtree(folder / "train")
-    else:
-        (folder / "train" / name).unlink(missing_ok=True)
+    if damage != "another program's":  # else there is no split to learn from, only one to evaluate on
+        assert str(folder / "train.parquet") in message and "Delete " in message
+    message = answer(evaluate_from_command_line, computed, capsys)
+    assert str(folder / "train.parquet") in message and ("Delete " in message or "--overwrite" in message)
+    (folder / "train.parquet").unlink()  # the remedy
+    assert f"there are no features in {folder / 'train.parquet'}" in answer(evaluate_from_command_line, argv, capsys)
     evaluate_from_command_line(list(map(str, computed)))
     evaluate_from_command_line(list(map(str, argv)))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parts_give_one_line_error(damage, model, flat_folder, tmp_path, monkeypatch, capsys):
+    argv = ["features", "--model", model, "--dataset_name", flat_folder, "--features", tmp_path]
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "_remove_parts", lambda path: None)
+        evaluate_from_command_line(list(map(str, argv)))
+    expected = pandas.read_parquet(tmp_path / "train.parquet")
+    (tmp_path / "train.parquet").unlink()
+    (tmp_path / "train.parts/notes.txt").write_text("mine")
+    part = tmp_path / "train.parts/part-00000.parquet"
+    DAMAGES[damage](part)
+    message = answer(evaluate_from_command_line, argv, capsys)
+    assert str(part) in message and ("Delete " in message or "--overwrite" in message) and part.exists()
+    if damage == "a bit":  # which is noticed when the parts are joined
+        part.unlink()
+    evaluate_from_command_line([*map(str, argv), "--overwrite"])
+    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "train.parquet"), expected)
+    assert files_in(tmp_path) == {tmp_path / "train.parquet", tmp_path / "train.parts/notes.txt"}
 
 
 def test_other_features_are_replaced_with_overwrite(kept, model, parquet_folder, tmp_path, capsys):
@@ -336,8 +374,8 @@ def test_other_features_are_replaced_with_overwrite(kept, model, parquet_folder,
     argv += ["--model", f"untrained:{model}"]
     assert "has features of another model" in answer(evaluate_from_command_line, argv, capsys)
     evaluate_from_command_line([*map(str, argv), "--overwrite"])
-    before = load_file(kept / "train/part-00000.safetensors")["features"]
-    assert not torch.equal(before, load_file(tmp_path / "kept/train/part-00000.safetensors")["features"])
+    before, after = (pandas.read_parquet(folder / "train.parquet") for folder in (kept, tmp_path / "kept"))
+    assert before["name"].equals(after["name"]) and not np.allclose(before["features"][0], after["features"][0])
     evaluate_from_command_line(list(map(str, argv)))
 
 

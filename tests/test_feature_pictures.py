@@ -171,7 +171,7 @@ def test_neighbours_are_scikit_learns(kept, ours, parquet_folder, tmp_path, alon
     split = ["--eval_split", "train"] if alone else []
     evaluate("neighbours", *source, *split, "--num_images", 5, "--k", 3, "--seed", 1, *files)
     arrays = np.load(tmp_path / "n.npz")
-    train, test = (read_features(kept / name).features.numpy() for name in ("train", "test"))
+    train, test = (read_features(kept / f"{name}.parquet").features.numpy() for name in ("train", "test"))
     reference = NearestNeighbors(n_neighbors=4, metric="cosine").fit(train)
     distances, indices = reference.kneighbors((train if alone else test)[arrays["queries"]])
     own = slice(1, 4) if alone else slice(0, 3)  # the nearest of all is the image itself
@@ -212,7 +212,8 @@ def test_pictures_are_those_of_the_indices(kept, ours, parquet_folder, tmp_path,
     monkeypatch.setattr(neighbours, "draw_neighbours", lambda *args: given.extend(args) or draw_neighbours(*args))
     files = "--output", tmp_path / "n.png", "--save_arrays"
     evaluate("neighbours", "--features", kept, "--num_images", 3, "--k", 2, *files)
-    arrays, labels = np.load(tmp_path / "n.npz"), [read_features(kept / name).labels for name in ("test", "train")]
+    arrays = np.load(tmp_path / "n.npz")
+    labels = [read_features(kept / f"{name}.parquet").labels for name in ("test", "train")]
     sets = [load_images(str(parquet_folder), split=split) for split in ("test", "train")]
 
     def pixels(rows, index):
@@ -234,7 +235,7 @@ def test_embedding_is_scikit_learns_and_the_same_again(kept, tmp_path):
         flags = "--features", kept, "--eval_split", "train", "--perplexity", 5, "--seed", 3, "--max_images", 30
         evaluate("embedding", *flags, *files)
     one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
-    features = read_features(kept / "train")
+    features = read_features(kept / "train.parquet")
     assert len(set(one["images"])) == 30
     points = normalize(features.features.numpy()[one["images"]])
     expected = TSNE(perplexity=5, init="pca", random_state=3).fit_transform(points)

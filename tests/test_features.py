@@ -1,12 +1,16 @@
 """Any model's features, and how they are kept."""
 
+import io
 import json
 import shutil
 
 import numpy as np
+import pandas
+import polars
+import pyarrow.parquet
 import pytest
 import torch
-from datasets import ClassLabel, DatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -14,6 +18,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision import transforms as T
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     DeiTConfig,
     Dinov2Config,
@@ -27,15 +32,18 @@ from transformers import (
 from evaluation import features, models
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.attention import cls_attention, mass_masks
+from evaluation.feature_files import read_manifest
 from evaluation.features import extract_features, keep_features, read_features
 from evaluation.images import load_images
 from evaluation.knn import knn_hits
 from evaluation.models import load_model, mean_and_std, tokens
+from evaluation.outputs import is_from
 from evaluation.report import bootstrap, mean_intervals
 from modeling_dino import DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
 
-from .commands import command
+from .commands import Background, command, scripted
+from .conftest import noise
 from .original import FIXTURES, our_names, recorded, tiny_config
 from .test_bad_input import answer
 
@@ -177,7 +185,7 @@ def kept(ours, parquet_folder, tmp_path, monkeypatch):
     def keep(streaming=False, model=model, **data):
         dataset = load_images(str(parquet_folder), streaming=streaming)
         data = {"name": "images", "config": None, "split": "train"} | data
-        return keep_features(tmp_path / "train", str(ours), model, dataset, processor, data, batch_size=5)
+        return keep_features(tmp_path / "train.parquet", str(ours), model, dataset, processor, data, batch_size=5)
 
     return keep
 
@@ -188,38 +196,311 @@ def test_kept_features_are_the_computed_ones(ours, parquet_folder, kept):
     for found in (kept(), kept()):
         torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-6)
         assert np.array_equal(found.labels, expected.labels) and np.array_equal(found.hashes, expected.hashes)
+        assert found.names == expected.names == list(map(str, range(40)))
         assert found.class_names == ["a", "b"] and found.data["num_images"] == 40
 
 
-def test_extraction_goes_on_where_it_was_stopped(kept, tmp_path, monkeypatch):
-    computed, share = [], features._extract_share
-
-    def stopped_at_the_second(model, rows, *args):
-        if len(computed) == 1:
-            raise KeyboardInterrupt
-        computed.append(len(rows))
-        return share(model, rows, *args)
-
-    monkeypatch.setattr(features, "_extract_share", stopped_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        kept()
-    with pytest.raises(ValueError, match="are not complete"):
-        read_features(tmp_path / "train")
-    first = (tmp_path / "train/part-00000.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(features, "_extract_share", lambda *args: computed.append(len(args[1])) or share(*args))
-    assert len(kept()) == 40
-    assert computed == [16, 16, 8] and (tmp_path / "train/part-00000.safetensors").stat().st_mtime_ns == first
-
-
-def test_kept_features_of_something_else_are_refused(ours, kept):
-    kept()
-    with pytest.raises(ValueError, match="features of another data .*choose another folder"):
-        kept(fingerprint="other")
+def test_kept_features_of_something_else_are_refused(ours, kept, tmp_path, monkeypatch):
+    """Whether they are complete or in parts."""
     model = load_model(str(ours), dtype=torch.bfloat16)[0]
-    with pytest.raises(ValueError, match=r"another dtype \(float32, not bfloat16\)"):
-        kept(model=model)
+
+    def refused():
+        with pytest.raises(ValueError, match="features of another data .*Choose another --features"):
+            kept(fingerprint="other")
+        with pytest.raises(ValueError, match=r"another dtype \(float32, not bfloat16\)"):
+            kept(model=model)
+
+    monkeypatch.setattr(features, "_remove_parts", lambda path: None)
+    kept()
+    refused()
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(ValueError, match="are not complete"):
+        read_features(tmp_path / "train.parquet")
+    refused()
+    (tmp_path / "train.parts/part-00001.parquet").unlink()
+    monkeypatch.setattr(features, "PART_SIZE", 8)
+    with pytest.raises(ValueError, match=r"features of another part_size \(16, not 8\)"):
+        kept()
     with pytest.raises(ValueError, match="features of a stream cannot be kept"):
         kept(streaming=True)
+
+
+def test_parts_that_a_killed_command_has_left_are_removed(kept, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "_remove_parts", lambda path: None)
+        kept()
+    (tmp_path / "train.parts/part-mine.parquet").write_text("mine")
+    first = (tmp_path / "train.parquet").stat().st_mtime_ns
+    kept()
+    assert [path.name for path in (tmp_path / "train.parts").iterdir()] == ["part-mine.parquet"]
+    assert (tmp_path / "train.parquet").stat().st_mtime_ns == first
+
+
+SMALL_PARTS = """
+from evaluation import feature_files, features
+features.PART_SIZE = features.PATCH_PART_SIZE = 4
+write = features.write_part
+
+def write_part(path, *args):
+    write(path, *args)
+    print("computed", path.name, flush=True)
+
+features.write_part = write_part
+"""
+MAIN = "from evaluation.__main__ import main; main()"
+STOPPED = """
+import time
+open_writer = feature_files._open_writer
+
+def stop(path, *args):
+    if path.name == "part-00001.parquet":
+        path.write_bytes(b"PAR1 half of it")
+        print("writing", flush=True)
+        time.sleep(600)
+    return open_writer(path, *args)
+
+feature_files._open_writer = stop
+"""
+DAMAGED = "train/a/04.png"
+
+
+@pytest.fixture(scope="module")
+def class_folder(tmp_path_factory):
+    """13 images in two classes, of which one cannot be decoded; in parts of 4, one part has a single image."""
+    folder, rng = tmp_path_factory.mktemp("classes"), np.random.default_rng(2)
+    for number in range(13):
+        path = folder / f"train/{'ab'[number % 2]}/{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PillowImage.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+    (folder / DAMAGED).write_bytes((folder / DAMAGED).read_bytes()[:300])
+    return folder
+
+
+def expected_output(model_folder, paths, **options) -> torch.Tensor:
+    """What the model itself gives for image files: (images, 1 + patches, hidden)."""
+    model = DINOModel.from_pretrained(model_folder, **options).eval()
+    processor = AutoImageProcessor.from_pretrained(model_folder, backend="pil")
+    pixel_values = processor([PillowImage.open(path) for path in paths], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return model(pixel_values.to(model.dtype)).last_hidden_state
+
+
+@pytest.fixture(scope="module")
+def expected(ours, class_folder):
+    """Columns of the features of `class_folder`, computed without `evaluation`."""
+    names = [path for label in "ab" for path in sorted(class_folder.glob(f"train/{label}/*.png"))]
+    names = [path for path in names if str(path.relative_to(class_folder)) != DAMAGED]
+    return {
+        "name": [str(path.relative_to(class_folder)) for path in names],
+        "label": ["ab".index(path.parent.name) for path in names],
+        "class_name": [path.parent.name for path in names],
+        "output": expected_output(ours, names).numpy(),
+    }
+
+
+def features_of_classes(ours, class_folder, folder, *argv) -> tuple:
+    return "features", "--model", ours, "--dataset_name", class_folder, "--features", folder, *argv
+
+
+@pytest.fixture(scope="module")
+def written(ours, class_folder, tmp_path_factory):
+    """A folder that `dino-eval features` has filled with two processes, and what it has printed."""
+    folder = tmp_path_factory.mktemp("written")
+    argv = features_of_classes(ours, class_folder, folder / "out", "--batch_size", 3)
+    finished = scripted(SMALL_PARTS + MAIN, folder, *argv, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    return folder / "out", finished
+
+
+def check_columns(found, rows, expected, tokens="cls"):
+    """Compare columns, and features as an array, with those that are expected."""
+    for name in ("name", "label", "class_name"):
+        assert list(found[name]) == expected[name], name
+    output = {"cls": expected["output"][:, 0], "patch": expected["output"][:, 1:]}
+    output["mean"] = output["patch"].mean(1)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, output[tokens], atol=1e-5)
+
+
+READERS = {
+    "pandas": lambda path: (table := pandas.read_parquet(path), np.stack(table["features"].map(np.stack))),
+    "polars": lambda path: (table := polars.read_parquet(path), table["features"].to_numpy()),
+    "datasets": lambda path: (
+        table := Dataset.from_parquet(str(path)), np.array(table.with_format("numpy")["features"][:])
+    ),
+    "read_features": lambda path: (
+        {"name": (table := read_features(path)).names, "label": table.labels,
+         "class_name": [table.class_names[label] for label in table.labels]}, table.features.numpy(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_features_are_read_in_one_line(reader, written, expected):
+    check_columns(*READERS[reader](written[0] / "train.parquet"), expected)
+
+
+def test_features_file_names_its_origin(written, ours, class_folder, expected):
+    file = pyarrow.parquet.ParquetFile(written[0] / "train.parquet")
+    assert [path.name for path in written[0].iterdir()] == ["train.parquet"]  # no parts
+    assert file.num_row_groups == 4 and [file.metadata.row_group(part).num_rows for part in range(4)] == [3, 4, 4, 1]
+    hidden = expected["output"].shape[2]
+    assert {field.name: str(field.type) for field in file.schema_arrow} == {
+        "name": "string", "label": "int64", "class_name": "string", "pixel_hash": "int64",
+        "features": f"fixed_size_list<element: float>[{hidden}]",
+    }  # fmt: skip
+    [(key, manifest)] = file.schema_arrow.metadata.items()
+    manifest = json.loads(manifest)
+    assert key == b"dino_hf" and manifest["num_images"] == 12 and manifest["class_names"] == ["a", "b"]
+    assert manifest["model"]["name"] == str(ours) and manifest["data"]["name"] == str(class_folder)
+    assert manifest["tokens"] == "cls" and manifest["dtype"] == "float32" and "part_size" not in manifest
+    assert manifest["image_processor"]["crop_size"]["height"] == 32
+    [failed] = manifest["failed"]
+    assert failed["name"] == DAMAGED and "cannot be decoded" in failed["reason"] and failed["row"] == 2
+
+
+def test_damaged_image_is_skipped_and_named(written, ours, class_folder, tmp_path):
+    finished = written[1]
+    line = f"1 of the 13 images of split train of {class_folder} cannot be decoded and are skipped, such as {DAMAGED}"
+    assert [text for text in finished.stderr.splitlines() if "decoded" in text] == [f"dino-eval: warning: {line}"]
+    assert f"features of 12 images of train to {written[0] / 'train.parquet'}" in finished.stdout
+    argv = ["--num_images", "99", "--k", "1", "--output", str(tmp_path / "n.png"), "--save_arrays"]
+    evaluate_from_command_line(["neighbours", "--features", str(written[0]), *argv])
+    assert np.load(tmp_path / "n.npz")["queries"].tolist() == [row for row in range(13) if row != 2]
+    evaluate_from_command_line(["knn", "--features", str(written[0]), "--k", "1"])
+    with pytest.raises(ValueError, match=f"image .*{DAMAGED} cannot be decoded"):
+        evaluate_from_command_line(["knn", "--model", str(ours), "--dataset_name", str(class_folder), "--k", "1"])
+
+
+@pytest.mark.filterwarnings("ignore:1 of the 13 images")
+@pytest.mark.parametrize("tokens", ["mean", "patch"])
+def test_tokens_are_those_of_the_last_block(tokens, ours, class_folder, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "PATCH_PART_SIZE", 5)
+    for suffix in ("parquet", "npz"):
+        argv = features_of_classes(ours, class_folder, tmp_path, "--tokens", tokens, "--format", suffix)
+        evaluate_from_command_line(list(map(str, argv)))
+    for read in READERS.values():
+        check_columns(*read(tmp_path / f"train-{tokens}.parquet"), expected, tokens)
+    arrays = np.load(tmp_path / f"train-{tokens}.npz")
+    check_columns(arrays, arrays["features"], expected, tokens)
+    assert "there are none" in answer(evaluate_from_command_line, ["knn", "--features", tmp_path, "--k", 1], capsys)
+
+
+@pytest.mark.filterwarnings("ignore:1 of the 13 images")
+def test_formats_hold_the_same_features(ours, class_folder, written, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "PART_SIZE", 4)
+    for suffix in ("npz", "csv"):
+        argv = features_of_classes(ours, class_folder, tmp_path, "--format", suffix)
+        evaluate_from_command_line(list(map(str, argv)))
+    arrays = np.load(tmp_path / "train.npz")
+    check_columns(arrays, arrays["features"], expected)
+    assert arrays["pixel_hash"].tolist() == pandas.read_parquet(written[0] / "train.parquet")["pixel_hash"].tolist()
+    assert arrays["failed"].shape == (1, 2) and arrays["failed"][0, 0] == DAMAGED
+    assert is_from(tmp_path / "train.npz", "features")
+    table = pandas.read_csv(tmp_path / "train.csv")
+    columns = [f"f{number}" for number in range(expected["output"].shape[2])]
+    assert list(table.columns) == ["name", "label", "class_name", *columns]
+    check_columns(table, table[columns].to_numpy(np.float32), expected)
+    assert np.array_equal(table[columns].to_numpy(np.float32), arrays["features"])  # to the last bit
+    failed = pandas.read_csv(tmp_path / "train.failed.csv")
+    assert failed["name"].tolist() == [DAMAGED] and "cannot be decoded" in failed["reason"][0]
+    argv = features_of_classes(ours, class_folder, tmp_path, "--format", "csv", "--tokens", "patch")
+    assert "format must be parquet or npz" in answer(evaluate_from_command_line, argv, capsys)
+
+
+@pytest.mark.filterwarnings("ignore:1 of the 13 images")
+@pytest.mark.parametrize("suffix", ["npz", "csv"])
+def test_other_formats_are_computed_once(suffix, ours, class_folder, tmp_path, monkeypatch, capsys):
+    def run(model, *flags):
+        argv = features_of_classes(model, class_folder, tmp_path, "--format", suffix, *flags)
+        evaluate_from_command_line(list(map(str, argv)))
+
+    run(ours)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(features, "_extract_share", None)
+    run(ours)
+    with pytest.raises(ValueError, match=f"train.{suffix} has features of another model"):
+        run(f"untrained:{ours}")
+    monkeypatch.undo()
+    run(f"untrained:{ours}", "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == set(first)
+    assert (tmp_path / f"train.{suffix}").read_bytes() != first[f"train.{suffix}"]
+    assert read_manifest(tmp_path / f"train.{suffix}")["model"]["name"] == f"untrained:{ours}"
+
+
+def test_killed_extraction_resumes_at_the_first_missing_part(ours, class_folder, expected, tmp_path, capsys):
+    (tmp_path / "script.py").write_text(SMALL_PARTS + STOPPED + MAIN)
+    argv = features_of_classes(ours, class_folder, tmp_path / "out")
+    running = Background(*argv, folder=tmp_path, module=tmp_path / "script.py")
+    while "writing" not in running.stdout:
+        assert running.poll() is None, running.stderr
+    running.send(9)
+    assert running.poll(60) == -9
+    left = {path.name for path in (tmp_path / "out/train.parts").iterdir() if not path.name.startswith(".")}
+    assert left == {"part-00000.parquet"} and not (tmp_path / "out/train.parquet").exists()
+    argv_knn = ["knn", "--features", tmp_path / "out", "--eval_split", "train"]
+    assert "are not complete" in answer(evaluate_from_command_line, argv_knn, capsys)
+    finished = scripted(SMALL_PARTS + MAIN, tmp_path, *argv)
+    assert finished.returncode == 0, finished.stderr
+    assert [line for line in finished.stdout.splitlines() if line.startswith("computed")] == [
+        f"computed part-{number:05d}.parquet" for number in (1, 2, 3)
+    ]
+    check_columns(*READERS["pandas"](tmp_path / "out/train.parquet"), expected)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
+
+
+def test_labels_of_every_kind_are_kept(ours, parquet_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "PART_SIZE", 16)
+    images = load_images(str(parquet_folder)).select_columns("image")
+    kinds = {
+        "text": [f"class {row % 3}" for row in range(40)],
+        "lists": [list(range(row % 3)) for row in range(40)],
+        "numbers": [row % 5 for row in range(40)],
+        "missing": [None if row % 2 else row for row in range(40)],
+    }
+    for kind, labels in kinds.items():
+        images.add_column("label", labels).to_parquet(tmp_path / f"{kind}.parquet")
+        argv = ["features", "--model", str(ours), "--dataset_name", str(tmp_path / f"{kind}.parquet")]
+        for suffix in ("parquet", "npz", "csv"):
+            evaluate_from_command_line([*argv, "--features", str(tmp_path / kind), "--format", suffix])
+        table = polars.read_parquet(tmp_path / kind / "train.parquet")
+        assert table["label"].to_list() == labels and "class_name" not in table.columns
+        assert read_features(tmp_path / kind / "train.parquet").labels.tolist() == labels
+        found = (
+            np.load(tmp_path / kind / "train.npz")["label"].tolist(),
+            pandas.read_csv(tmp_path / kind / "train.csv"),
+        )
+        if kind == "lists":
+            assert list(map(json.loads, found[0])) == labels == list(map(json.loads, found[1]["label"]))
+        else:
+            numbers = [-1 if label is None else label for label in labels]
+            assert found[0] == numbers == found[1]["label"].fillna(-1).tolist()
+
+
+def test_names_are_relative_to_the_folder(ours, flat_folder):
+    model, processor = load_model(str(ours))
+    for folder in (None, flat_folder):
+        for streaming in (False, True):
+            images = load_images(str(flat_folder), streaming=streaming)
+            names = extract_features(model, images, processor, folder=folder and str(folder)).names
+            assert sorted(names) == sorted(
+                str(path if folder is None else path.name) for path in flat_folder.iterdir()
+            )
+
+
+def test_images_that_all_fail_give_one_line_error(ours, tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / f"images/{number}.png").write_bytes(b"damaged")
+    argv = ["features", "--model", ours, "--dataset_name", tmp_path / "images", "--features", tmp_path / "out"]
+    message = answer(evaluate_from_command_line, argv, capsys)
+    assert "must have images that can be decoded, got none of 3, such as 0.png" in message
+    assert not list((tmp_path / "out").iterdir())
+    noise(np.random.default_rng(0)).save(tmp_path / "images/3.png")
+    monkeypatch.setattr(features, "PART_SIZE", 3)  # the first part has no rows
+    with pytest.warns(UserWarning, match="3 of the 4 images of split train"):
+        evaluate_from_command_line(list(map(str, argv[:-1])) + [str(tmp_path / "other")])
+    assert pandas.read_parquet(tmp_path / "other/train.parquet")["name"].tolist() == ["3.png"]
 
 
 def test_kept_features_of_changed_files_are_refused(ours, parquet_folder, tmp_path):
@@ -227,7 +508,7 @@ def test_kept_features_of_changed_files_are_refused(ours, parquet_folder, tmp_pa
     argv = ["features", "--model", str(ours), "--dataset_name", str(tmp_path / "data"), "--features"]
     evaluate_from_command_line([*argv, str(tmp_path / "kept")])
     shutil.copy(tmp_path / "data/train-00000-of-00002.parquet", tmp_path / "data/train-00001-of-00002.parquet")
-    with pytest.raises(ValueError, match=r"features of another data \(fingerprint .*choose another folder"):
+    with pytest.raises(ValueError, match=r"features of another data \(fingerprint .*Choose another --features"):
         evaluate_from_command_line([*argv, str(tmp_path / "kept")])
 
 
@@ -251,10 +532,14 @@ def test_classes_that_splits_number_differently_are_refused(ours, parquet_folder
     assert "name their classes differently: a and b" in answer(evaluate_from_command_line, argv, capsys)
 
 
-def test_features_are_kept_in_the_dtype_of_the_network(ours, parquet_folder, tmp_path):
+def test_features_of_bfloat16_are_kept_in_float32(ours, parquet_folder, tmp_path):
     argv = ["--dataset_name", str(parquet_folder), "--features", str(tmp_path)]
     evaluate_from_command_line(["features", "--model", str(ours), *argv, "--dtype", "bfloat16"])
-    assert load_file(tmp_path / "test/part-00000.safetensors")["features"].dtype == torch.bfloat16
+    rows = np.stack(pandas.read_parquet(tmp_path / "test.parquet")["features"])
+    files = pandas.read_parquet(next(parquet_folder.glob("test-*.parquet")))["picture"]
+    output = expected_output(ours, [io.BytesIO(file["bytes"]) for file in files], dtype=torch.bfloat16)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, output[:, 0].float().numpy(), atol=0.05)
     evaluate_from_command_line(["knn", "--features", str(tmp_path), "--k", "1", "--output", str(tmp_path / "k.json")])
     [report] = json.loads((tmp_path / "k.json").read_text())
     assert report["model"]["name"] == str(ours) and report["data"]["test"]["num_images"] == 12

@@ -348,7 +348,7 @@ def test_kept_features_train_without_augmentation(model_folder, shades, tmp_path
     expected = linear_accuracy(*parts, learning_rate=1.0, num_epochs=4, batch_size=16)
     assert first["values"] == pytest.approx(expected)
     run("linear", model_folder, shades, *FAST, *argv[:-4], "--n_last_blocks", 3)
-    assert (tmp_path / "f/train-last3/manifest.json").exists()
+    assert (tmp_path / "f/train-last3.parquet").exists()
 
 
 @pytest.mark.parametrize("kind", ["stock ViT", "ConvNeXt"])

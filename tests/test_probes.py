@@ -277,7 +277,7 @@ def test_commands_report_what_the_functions_find(model, small_folder, tmp_path):
     kept, output = tmp_path / "features", tmp_path / "report.json"
     data = ("--dataset_name", small_folder, "--eval_split", "validation", "--features", kept)
     report = report_of("logistic", "--model", model, *data, "--c", 10, "--output", output)
-    train, test = (read_features(kept / split) for split in ("train", "validation"))
+    train, test = (read_features(kept / f"{split}.parquet") for split in ("train", "validation"))
     splits = train.features, train.labels, test.features, test.labels
     hits, c = logistic.logistic_hits(*splits, c=[10])
     assert report["values"] == {"logistic_top1": pytest.approx(100 * hits["logistic_top1"].mean())}

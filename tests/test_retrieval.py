@@ -135,7 +135,7 @@ def test_command_on_two_splits_and_within_one(model, parquet_folder, flat_folder
     assert one["data"]["leave_one_out"] and one["data"]["queries"]["num_images"] == 40
     assert one["data"]["queries_without_positives"] == 0
 
-    train, test = (read_features(tmp_path / "features" / split) for split in ("train", "test"))
+    train, test = (read_features(tmp_path / f"features/{split}.parquet") for split in ("train", "test"))
     found = [slowly(query, label, train.features, train.labels) for query, label in zip(test.features, test.labels)]
     assert two["values"]["mAP"] == pytest.approx(100 * np.mean([area for _, area in found]), abs=1e-3)
     assert two["values"]["R@1"] == pytest.approx(100 * np.mean([ranks[0] < 1 for ranks, _ in found]))
