@@ -48,6 +48,7 @@ class Features:
         labels: (images,), of any kind that numpy can sort; None for images without.
         hashes: (images,) in int64, equal for images of equal pixels.
         class_names: Of the labels, where the data set has them.
+        names: (images,) file names, or row numbers as text. Empty for kept features without names.
         model: What `describe_model` says.
         data: Name, configuration and split of the data set, number and hash of all images.
     """
@@ -56,6 +57,7 @@ class Features:
     labels: np.ndarray
     hashes: np.ndarray
     class_names: list[str] | None = None
+    names: list[str] = field(default_factory=list)
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
 
@@ -124,6 +126,8 @@ def _join(parts: list[Features]) -> Features:
         torch.cat([part.features for part in parts]),
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.hashes for part in parts]),
+        # a share does not know the number of its first row
+        names=[name or str(row) for row, name in enumerate(name for part in parts for name in part.names)],
     )
 
 
@@ -163,7 +167,7 @@ def _extract_share(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
     )
     num_batches = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Dataset) else None
-    features, labels, hashes = [], [], []
+    features, labels, hashes, all_names = [], [], [], []
     # on a terminal alone
     disable = None if PartialState().is_main_process else True
     with evaluating(model):
@@ -179,8 +183,12 @@ def _extract_share(
             features.append(rows)
             labels.extend(batch_labels)
             hashes.extend(batch_hashes)
+            all_names.extend(name or "" for name in names)
     return Features(
-        torch.cat(features) if features else torch.empty(0, 0), np.array(labels), np.array(hashes, dtype=np.int64)
+        torch.cat(features) if features else torch.empty(0, 0),
+        np.array(labels),
+        np.array(hashes, dtype=np.int64),
+        names=all_names,
     )
 
 

@@ -1,16 +1,18 @@
 """Files that a command writes: which ones it may replace, and how they are written whole.
 
 A command replaces its own files alone. It recognizes them by what they say of themselves: reports by their entries'
-`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment.
+`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment, CSVs
+by their columns.
 """
 
+import csv
 import json
 import os
 import shutil
 import tempfile
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +49,15 @@ def is_from(path: Path, command: str) -> bool:
         entries = json.loads(path.read_text()) if start.startswith(b"[") else []
         return bool(entries) and all(entry["protocol"] == command for entry in entries)
     except Exception:  # what libraries raise for a file of any other kind
+        return False
+
+
+def is_table(path: Path, columns: Sequence[str]) -> bool:
+    """Return whether a file is a CSV with exactly these columns."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(10_000).decode().strip() == ",".join(columns)
+    except (OSError, UnicodeDecodeError):
         return False
 
 
@@ -119,6 +130,17 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a CSV in UTF-8; parts of names that are not UTF-8 are written as escapes."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def write_figure(figure, path: Path, origin: str, **options) -> None:
