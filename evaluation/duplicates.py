@@ -229,7 +229,7 @@ def draw_pairs(
     """
     num_columns = min(3, max(1, len(pictures)))
     num_rows = max(1, -(-len(pictures) // num_columns))
-    figure = start_figure(figsize=(2.7 * num_columns, 1.95 * num_rows), layout="constrained")
+    figure = start_figure(figsize=(2.7 * num_columns, 1.87 * num_rows), layout="constrained")
     panels = figure.subfigures(num_rows, num_columns, squeeze=False, wspace=0.05, hspace=0.03)
     for number, (panel, pair) in enumerate(zip(panels.flat, pictures)):
         color = "tab:red" if identical[number] else "0.75"
@@ -241,7 +241,7 @@ def draw_pairs(
             side = max(height, width) * 1.04  # squares, whatever the aspect: all panels are alike
             axis.imshow(picture)
             axis.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
-            axis.set(xticks=[], yticks=[])
+            axis.set(xticks=[], yticks=[], anchor="N")
             axis.set_xlabel(name, fontsize=6, labelpad=3, parse_math=False)
             axis.spines[:].set(color=color, linewidth=1.5 if identical[number] else 0.5)
     return figure

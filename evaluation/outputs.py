@@ -6,6 +6,7 @@ by their columns.
 """
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -138,9 +140,20 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) ->
         replacing(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        _write_rows(file, columns, rows)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Print a CSV."""
+    text = io.StringIO()
+    _write_rows(text, columns, rows)
+    print(text.getvalue().encode(errors="backslashreplace").decode(), end="")
+
+
+def _write_rows(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
 
 
 def write_figure(figure, path: Path, origin: str, **options) -> None:
