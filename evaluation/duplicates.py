@@ -239,8 +239,9 @@ def draw_pairs(
         for axis, picture, name in zip(axes, pair, names[number]):
             height, width = picture.shape[:2]
             side = max(height, width) * 1.04  # squares, whatever the aspect: all panels are alike
-            axis.imshow(picture)
-            axis.set(xlim=((width - side) / 2, (width + side) / 2), ylim=((height + side) / 2, (height - side) / 2))
+            axis.imshow(picture)  # the centers of the corner pixels are at 0 and at the size - 1
+            axis.set_xlim((width - 1 - side) / 2, (width - 1 + side) / 2)
+            axis.set_ylim((height - 1 + side) / 2, (height - 1 - side) / 2)
             axis.set(xticks=[], yticks=[], anchor="N")
             axis.set_xlabel(name, fontsize=6, labelpad=3, parse_math=False)
             axis.spines[:].set(color=color, linewidth=1.5 if identical[number] else 0.5)

@@ -249,8 +249,10 @@ def test_picture_marks_identical_pixels(tmp_path):
     titles = [panel.get_suptitle() for panel in figure.subfigs]
     assert titles == ["1.  1.0000,  identical pixels", "2.  0.9800"]
     assert figure.axes[0].get_xlabel() == "train\na$b$.png"
-    for axis in figure.axes:  # squares
-        assert np.ptp(axis.get_xlim()) == pytest.approx(np.ptp(axis.get_ylim()))
+    for axis, (height, width) in zip(figure.axes, [(20, 60), (60, 20)] * 2):  # squares around the images
+        assert abs(np.ptp(axis.get_xlim())) == pytest.approx(abs(np.ptp(axis.get_ylim())))
+        centers = np.mean(axis.get_xlim()), np.mean(axis.get_ylim())
+        assert centers == pytest.approx(((width - 1) / 2, (height - 1) / 2))
     figure.savefig(tmp_path / "pairs.png")
     picture = np.asarray(PillowImage.open(tmp_path / "pairs.png").convert("RGB")).astype(int)
     is_red = (abs(picture - (214, 39, 40)) < 12).all(-1)
