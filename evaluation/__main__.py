@@ -26,9 +26,9 @@ from .report import format_table, write_reports  # noqa: E402
 def measure(args: Namespace) -> None:
     """Runs a protocol for each of its models; prints what it finds, and writes it to --output."""
     models = args.model or [None]
-    for folder in ("features", "output_dir"):
-        if len(models) > 1 and getattr(args, folder, None):
-            raise ValueError(f"--{folder} is for one model, got {len(models)}; give each a folder of its own")
+    for place in ("features", "output_dir", "assignments"):
+        if len(models) > 1 and getattr(args, place, None):
+            raise ValueError(f"--{place} is for one model, got {len(models)}; give each a place of its own")
     reports = [measure_model(Namespace(**vars(args) | {"model": model})) for model in models]
     reports = [report for report in reports if report is not None]
     if reports and PartialState().is_main_process:

@@ -1,7 +1,11 @@
-"""K-means on the features of a split: how well its clusters agree with the classes."""
+"""K-means on the features of a split: how well its clusters agree with the classes.
+
+Without labels, the clusters are written and not scored.
+"""
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +20,13 @@ from tqdm import trange
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
-from .features import features_of, find_eval_split
+from .features import Features, features_of, find_eval_split, images_of
+from .labels import known_labels, plain_labels
+from .outputs import check_outputs, is_table, print_table, write_table
 from .report import LEVEL, NUM_RESAMPLES, Report, make_report
+
+
+COLUMNS = ("name", "cluster", "label")  # of --assignments; the last one only where there are labels
 
 
 def k_means(features: torch.Tensor, num_clusters: int, num_init: int = 10, seed: int = 0) -> np.ndarray:
@@ -96,24 +105,96 @@ def add_arguments(parser: Parser) -> None:
     add_model(parser)
     add_dataset(parser)
     add_extraction(parser)
-    parser.add_argument("--num_clusters", type=int, help="clusters (default: as many as there are classes)")
+    parser.add_argument(
+        "--num_clusters",
+        type=int,
+        help="number of clusters; needed for images without labels. Default: the number of classes",
+    )
     parser.add_argument("--num_init", type=int, default=10, help="runs; the best one counts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the clusters' starts (default: %(default)s)")
     add_output(parser)
+    parser.add_argument(
+        "--assignments",
+        metavar="FILE",
+        help="CSV to write: the cluster of each image, and its label if there is one. Default: none, but printed for "
+        "images without labels",
+    )
 
 
-def measure(args: Namespace) -> Report:
-    images = features_of(args, find_eval_split(args), with_labels=True)
-    classes, labels = np.unique(images.labels, return_inverse=True)
-    if len(classes) < 2:
+def _check_labels(args: Namespace, split: str, has_labels: bool) -> None:
+    """Check the settings that depend on whether images have labels.
+
+    Raises:
+        ValueError: no labels, and no number of clusters, or a file of scores.
+    """
+    if has_labels:
+        return
+    if args.num_clusters is None:
         raise ValueError(
-            f"split {images.data['split']} of {images.data['name']} has images of one class only, {classes[0]}"
+            f"num_clusters must be given for images without labels, got none: split {split} of "
+            f"{args.dataset_name or args.features} has no labels. Give --num_clusters, or name their column by "
+            "--label_column."
         )
-    num_clusters = len(classes) if args.num_clusters is None else args.num_clusters
+    if args.output:
+        raise ValueError(
+            f"output must be left out for images without labels, which have no scores, got {args.output}. Give "
+            "--assignments instead."
+        )
+
+
+def _check_outputs(args: Namespace) -> None:
+    if args.assignments is None:
+        return
+    path = Path(args.assignments)
+    if path.suffix != ".csv":
+        raise ValueError(f"assignments must end in .csv, got {args.assignments}. Choose another name.")
+    check_outputs(args, [path], lambda file: is_table(file, COLUMNS) or is_table(file, COLUMNS[:2]))
+
+
+def _write_assignments(args: Namespace, images: Features, clusters: np.ndarray) -> None:
+    """Write or print the cluster of each image; the label of an image without one is empty."""
+    names = images.names or list(map(str, range(len(images))))
+    columns = [names, clusters]
+    if any(label is not None for label in images.labels):
+        class_names = images.class_names
+        texts = [label if label is None or not class_names else class_names[label] for label in images.labels]
+        columns.append(["" if text is None else text for text in texts])
+    header, rows = COLUMNS[: len(columns)], zip(*columns)
+    if args.assignments is None:
+        print_table(header, rows)
+    else:
+        write_table(Path(args.assignments), header, rows)
+        print(f"wrote {args.assignments}")
+
+
+def measure(args: Namespace) -> Report | None:
+    """Return a report where images have labels, else None."""
+    _check_outputs(args)
+    split = find_eval_split(args)
+    if args.model and args.dataset_name:  # before features are computed
+        dataset = images_of(args, split)
+        _check_labels(args, split, "label" in dataset.column_names)
+    images = features_of(args, split)
+    images.labels = plain_labels(images.labels, images.class_names)
+    has_labels = any(label is not None for label in images.labels)
+    _check_labels(args, split, has_labels)
+    num_clusters = args.num_clusters
+    if has_labels:
+        known = known_labels(images.labels, split)
+        classes, labels = np.unique(images.labels[known].tolist(), return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(
+                f"split {images.data['split']} of {images.data['name']} has images of one class only, {classes[0]}"
+            )
+        num_clusters = len(classes) if num_clusters is None else num_clusters
     clusters = k_means(images.features, num_clusters, args.num_init, args.seed)
-    values = {f"kmeans_{name}": 100 * value for name, value in clustering_scores(labels, clusters).items()}
+    if PartialState().is_main_process and (args.assignments or not has_labels):
+        _write_assignments(args, images, clusters)
+    if not has_labels:
+        return None
+    values = {f"kmeans_{name}": 100 * value for name, value in clustering_scores(labels, clusters[known]).items()}
     intervals = {
         f"kmeans_{name}": (100 * low, 100 * high)
-        for name, (low, high) in clustering_intervals(labels, clusters).items()
+        for name, (low, high) in clustering_intervals(labels, clusters[known]).items()
     }
     return make_report(args, images.model, {"test": images.data}, {}, values, intervals)

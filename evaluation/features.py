@@ -634,15 +634,20 @@ def find_eval_split(args: Namespace) -> str:
     if args.eval_split:
         return args.eval_split
     if args.features and not args.model:
-        names = [
-            path.stem
-            for path in sorted(Path(args.features).glob("*.parquet"))
-            if is_from_features(path) and read_manifest(path)["data"].get("split") == path.stem
-        ]  # else patch tokens, or inputs of `linear`
+        names = kept_splits(Path(args.features))
     else:
         _check_given(args)
         names = splits_of(args)
     return choose_eval_split(names, args.train_split)
+
+
+def kept_splits(folder: Path) -> list[str]:
+    """The splits whose pooled features a folder holds."""
+    return [
+        path.stem
+        for path in sorted(folder.glob("*.parquet"))
+        if is_from_features(path) and read_manifest(path)["data"].get("split") == path.stem
+    ]  # else patch tokens, or inputs of `linear`
 
 
 def choose_eval_split(names: Sequence[str], train_split: str) -> str:

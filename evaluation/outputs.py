@@ -1,19 +1,22 @@
 """Files that a command writes: which ones it may replace, and how they are written whole.
 
 A command replaces its own files alone. It recognizes them by what they say of themselves: reports by their entries'
-`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment, and
-features by their manifest.
+`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment, CSVs
+by their columns, and features by their manifest.
 """
 
+import csv
+import io
 import json
 import os
 import shutil
 import tempfile
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -48,6 +51,15 @@ def is_from(path: Path, command: str) -> bool:
         entries = json.loads(path.read_text()) if start.startswith(b"[") else []
         return bool(entries) and all(entry["protocol"] == command for entry in entries)
     except Exception:  # what libraries raise for a file of any other kind
+        return False
+
+
+def is_table(path: Path, columns: Sequence[str]) -> bool:
+    """Return whether a file is a CSV with exactly these columns."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(10_000).decode().strip() == ",".join(columns)
+    except (OSError, UnicodeDecodeError):
         return False
 
 
@@ -120,6 +132,28 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a CSV in UTF-8; parts of names that are not UTF-8 are written as escapes."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        _write_rows(file, columns, rows)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Print a CSV."""
+    text = io.StringIO()
+    _write_rows(text, columns, rows)
+    print(text.getvalue().encode(errors="backslashreplace").decode(), end="")
+
+
+def _write_rows(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
 
 
 def write_figure(figure, path: Path, origin: str, **options) -> None:

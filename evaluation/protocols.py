@@ -13,6 +13,7 @@ from . import (
     attention,
     clustering,
     copy_detection,
+    duplicates,
     embedding,
     features,
     few_shot,
@@ -50,7 +51,7 @@ PICTURES = {
     "neighbours": neighbours,
     "embedding": embedding,
 }
-PROTOCOLS = {"features": features, **MEASUREMENTS, **PICTURES}
+PROTOCOLS = {"features": features, "duplicates": duplicates, **MEASUREMENTS, **PICTURES}
 
 
 def add_protocols(commands) -> None:

@@ -15,7 +15,7 @@ from .outputs import write_text
 
 LEVEL = 0.95  # of the intervals
 NUM_RESAMPLES = 1000
-_NOT_SETTINGS = ("protocol", "output", "overwrite", "model")
+_NOT_SETTINGS = ("protocol", "output", "overwrite", "model", "assignments")
 VERSIONS = ("torch", "torchvision", "transformers", "datasets", "dino-hf")
 
 

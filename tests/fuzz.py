@@ -390,7 +390,8 @@ class Fuzz:
             elif "--features" in flags and chance.random() < 0.4:
                 argv += ["--features", here / "features"]
             elif "--output" in flags:
-                argv += ["--output", here / f"out/{name}.{'json' if name not in PICTURES else 'png'}"]
+                suffix = "csv" if name == "duplicates" else "png" if name in PICTURES else "json"
+                argv += ["--output", here / f"out/{name}.{suffix}"]
             argv += ["--epochs", 1] * ("--epochs" in flags)
             argv += ["--image_size", 32] * (place != images)
         elif command == "check":

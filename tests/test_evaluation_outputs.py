@@ -72,6 +72,9 @@ COMMANDS = {
     "mkv": ("attention --video {inputs}/in.mp4 --output {out}/v.mkv", "v.mkv"),
     "pca": ("pca --image {images}/0.png --image_size 32 --output {out}/p.png", "p.png"),
     "embedding": ("embedding --dataset_name {images} --save_arrays --output {out}/e.png", "e.npz"),
+    "duplicates": ("duplicates --dataset_name {images} --output {out}/d.csv", "d.csv"),
+    "duplicate pairs": ("duplicates --dataset_name {images} --output {out}/d.csv", "d.png"),
+    "assignments": ("clustering --dataset_name {labelled} --num_init 1 --assignments {out}/c.csv", "c.csv"),
     "masks": (
         "video_segmentation --dataset_name {inputs}/davis --sequences one --image_size 64 --output_dir {out}",
         "one/00001.png",

@@ -1,5 +1,6 @@
 """Logistic regression, few labels and clustering, against scikit-learn's own and by hand."""
 
+import csv
 import itertools
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -15,6 +17,7 @@ from sklearn.preprocessing import normalize
 from evaluation import clustering, few_shot, logistic
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.features import read_features
+from evaluation.images import load_images
 from modeling_dino import DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.image_processing_dino import make_image_processor
@@ -22,6 +25,7 @@ from modeling_dino.image_processing_dino import make_image_processor
 from .commands import command
 from .conftest import noise
 from .original import recorded, tiny_config
+from .test_bad_input import answer
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +327,77 @@ def test_what_commands_cannot_do_is_told_in_a_line(model, small_folder, argv, me
         )
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def assignments_of(path, *argv) -> list[dict]:
+    evaluate_from_command_line(list(map(str, ["clustering", *argv, "--assignments", path])))
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scikit_learns(features, num_clusters: int) -> list[str]:
+    points = normalize(features.numpy())
+    return [str(cluster) for cluster in KMeans(num_clusters, n_init=10, random_state=0).fit_predict(points)]
+
+
+def test_unlabeled_images_get_clusters_and_no_scores(model, flat_folder, tmp_path, capsys):
+    data = ("--dataset_name", flat_folder, "--num_clusters", 3)
+    rows = assignments_of(tmp_path / "new/c.csv", "--model", model, *data)
+    assert capsys.readouterr().out == f"wrote {tmp_path}/new/c.csv\n"
+    images = load_images(str(flat_folder))
+    assert [row["name"] for row in rows] == [image["path"] for image in images["image"]]
+    evaluate_from_command_line(
+        ["features", "--model", model, "--dataset_name", str(flat_folder), "--features", str(tmp_path)]
+    )
+    features = read_features(tmp_path / "train").features
+    assert [row["cluster"] for row in rows] == scikit_learns(features, 3) and list(rows[0]) == ["name", "cluster"]
+    kept = assignments_of(tmp_path / "kept.csv", "--features", tmp_path, "--num_clusters", 3)
+    assert [row["cluster"] for row in kept] == [row["cluster"] for row in rows]
+    capsys.readouterr()
+    evaluate_from_command_line(list(map(str, ["clustering", "--model", model, *data])))
+    assert capsys.readouterr().out == (tmp_path / "new/c.csv").read_text()  # printed
+
+
+def test_labeled_images_get_clusters_and_scores(model, small_folder, tmp_path):
+    argv = ("--model", model, "--dataset_name", small_folder, "--eval_split", "validation", "--num_clusters", 4)
+    report = tmp_path / "r.json"
+    rows = assignments_of(tmp_path / "c.csv", *argv, "--output", report, "--features", tmp_path / "f")
+    kept = read_features(tmp_path / "f/validation")
+    assert [row["cluster"] for row in rows] == scikit_learns(kept.features, 4)
+    assert [row["label"] for row in rows] == ["cat"] * 3 + ["dog"] * 3 + ["eel"] * 3
+    assert [row["name"] for row in rows] == list(map(str, range(9)))
+    (found,) = json.loads(report.read_text())
+    nmi = normalized_mutual_info_score([row["label"] for row in rows], [row["cluster"] for row in rows])
+    assert found["values"]["kmeans_nmi"] == pytest.approx(100 * nmi) and "assignments" not in found["settings"]
+
+
+def test_partly_labeled_images_get_no_scores(model, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [noise(rng) for _ in range(6)], "label": [0, 1, None, 0, 1, -1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    data = ("--model", model, "--dataset_name", tmp_path / "train.parquet")
+    found = assignments_of(tmp_path / "c.csv", *data, "--num_clusters", 2)
+    assert [row["label"] for row in found] == ["cat", "dog", "", "cat", "dog", ""]
+    assert capsys.readouterr().out == f"wrote {tmp_path}/c.csv\n"
+    assert "num_clusters must be given" in answer(evaluate_from_command_line, ["clustering", *data], capsys)
+
+
+def test_bad_assignments_give_one_line_error(model, flat_folder, tmp_path, capsys):
+    def ask(*more):
+        argv = ["clustering", "--model", model, "--dataset_name", flat_folder, *more]
+        return answer(evaluate_from_command_line, argv, capsys)
+
+    assert "num_clusters must be given for images without labels, got none: split train of" in ask()
+    assert "output must be left out for images" in ask("--num_clusters", 2, "--output", tmp_path / "r.json")
+    assert "assignments must end in .csv, got x.json" in ask("--num_clusters", 2, "--assignments", "x.json")
+    assert "--assignments is for one model, got 2" in ask(
+        "--num_clusters", 2, "--assignments", "x.csv", "--model", model, model
+    )
+    (tmp_path / "c.csv").write_text("name,cluster,mine\n")
+    message = ask("--num_clusters", 2, "--assignments", tmp_path / "c.csv")
+    assert "c.csv exists and is not from dino-eval clustering" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
 
 
 @pytest.mark.parametrize("protocol", ["logistic", "clustering"])
