@@ -252,7 +252,7 @@ def _holds_images(feature, is_named: bool) -> bool:
 
 
 def _find_label_column(features: Features, label_column: str | None) -> str | None:
-    """The column of the labels; None if there is none that has one label an image."""
+    """The column of the labels; None if there is none. One that is found, not named, may hold lists of labels."""
     if label_column is not None:
         if label_column not in features:
             raise ValueError(
@@ -267,12 +267,6 @@ def _find_label_column(features: Features, label_column: str | None) -> str | No
     candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if len(candidates) == 1:
         return candidates[0]
-    if "label" in features and not isinstance(features["label"], (ClassLabel, Value)):
-        _warn(
-            f"column label holds {_kind(features['label'])}, and is not used: labels must be one an image. Name "
-            "another by --label_column."
-        )
-        return None
     return "label" if "label" in features else None
 
 

@@ -228,9 +228,11 @@ def index_classes(
     is_unknown = ~np.isin(test_labels, known)
     if is_unknown.any():
         others = np.unique(test_labels[is_unknown])
+        known_name = names is None or others[0] < len(names)  # else a class that the test split alone names
+        example = f", such as {others[0] if names is None else names[others[0]]}" if known_name else ""
         raise ValueError(
             f"{is_unknown.sum()} of the {len(test_labels)} test images are of classes that the training images lack "
-            f"({len(others)}{'' if names else f', such as {others[0]}'})"
+            f"({len(others)}{example})"
         )
     if names is not None:
         return list(names), train_labels.astype(np.int64), test_labels.astype(np.int64)

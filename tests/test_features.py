@@ -1,5 +1,6 @@
 """Any model's features, and how they are kept."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -519,17 +520,66 @@ def test_labels_of_minus_one_are_none(ours, parquet_folder, tmp_path, capsys):
     message = answer(
         evaluate_from_command_line, ["knn", "--model", ours, "--dataset_name", tmp_path, "--k", 1], capsys
     )
-    assert "split test" in message and "has no labels, or not of every image" in message
+    assert "split test has no labels: all 12 are unknown" in message
 
 
-def test_classes_that_splits_number_differently_are_refused(ours, parquet_folder, tmp_path, capsys):
-    splits = DatasetDict({name: load_images(str(parquet_folder), split=name) for name in ("train", "test")})
-    splits["test"] = (
-        splits["test"].cast_column("label", Value("int64")).cast_column("label", ClassLabel(names=["b", "a"]))
-    )
-    splits.save_to_disk(tmp_path / "saved")
-    argv = ["knn", "--model", ours, "--dataset_name", tmp_path / "saved", "--k", 1]
-    assert "name their classes differently: a and b" in answer(evaluate_from_command_line, argv, capsys)
+@pytest.mark.parametrize("missing", [None, float("nan"), "", "nan", pandas.NA], ids=repr)
+def test_unknown_labels_are_not_a_class(ours, parquet_folder, tmp_path, missing):
+    """In whatever form a data frame holds them: k-NN is that of the labeled images alone."""
+    reports = []
+    for name, keep_all in (("all", True), ("labeled", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in ("train", "test"):
+            rows = load_images(str(parquet_folder), split=split)
+            labels = [f"class {row}" if isinstance(missing, str) else row for row in rows["label"][:]]
+            frame = pandas.DataFrame({"image": rows["image"][:], "label": labels})
+            unknown = frame.index % 4 == 1
+            frame["label"] = frame["label"].astype(object)
+            frame.loc[unknown, "label"] = missing
+            if not isinstance(missing, str):
+                frame["label"] = frame["label"].astype("Int64" if missing is pandas.NA else float)
+            (frame if keep_all else frame[~unknown]).to_parquet(folder / f"{split}.parquet")
+        output = tmp_path / f"{name}.json"
+        argv = ["knn", "--model", str(ours), "--dataset_name", str(folder), "--k", "3", "--output", str(output)]
+        with pytest.warns(UserWarning, match="no label") if keep_all else contextlib.nullcontext():
+            evaluate_from_command_line(argv)
+        reports += json.loads(output.read_text())
+    for what in ("values", "intervals"):  # of as many images
+        assert reports[0][what] == reports[1][what]
+
+
+def test_classes_of_splits_are_matched_by_name(ours, parquet_folder, tmp_path):
+    splits = {name: load_images(str(parquet_folder), split=name) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "same")
+    splits["test"] = splits["test"].map(lambda row: {"label": 1 - row["label"]})
+    splits["test"] = splits["test"].cast_column("label", Value("int64"))
+    splits["test"] = splits["test"].cast_column("label", ClassLabel(names=["B", "A"]))
+    DatasetDict(splits).save_to_disk(tmp_path / "swapped")
+    flags_of = {
+        "knn": ["--k", "3"],
+        "logistic": [],
+        "linear": ["--epochs", "1", "--n_last_blocks", "1"],
+        "finetune": ["--epochs", "1"],
+    }
+    for protocol, flags in flags_of.items():
+        reports = []
+        for name in ("same", "swapped"):
+            output = tmp_path / f"{protocol}_{name}.json"
+            argv = [protocol, "--model", str(ours), "--dataset_name", str(tmp_path / name), "--output", str(output)]
+            evaluate_from_command_line([*argv, *flags])
+            reports += json.loads(output.read_text())
+        assert reports[0]["values"] == reports[1]["values"]
+
+
+@pytest.mark.parametrize("protocol", ["knn", "logistic", "linear", "finetune", "few_shot", "retrieval", "clustering"])
+def test_lists_of_labels_give_one_line_error(protocol, ours, parquet_folder, tmp_path, capsys):
+    for split in ("train", "test"):
+        rows = load_images(str(parquet_folder), split=split)
+        rows = rows.select_columns("image").add_column("label", [[label, 7] for label in rows["label"]])
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    argv = [protocol, "--model", ours, "--dataset_name", tmp_path]
+    assert "labels must be one an image, got lists" in answer(evaluate_from_command_line, argv, capsys)
 
 
 def test_features_of_bfloat16_are_kept_in_float32(ours, parquet_folder, tmp_path):
