@@ -158,6 +158,7 @@ class EncodedImage:
         ValueError: an array column of another number of channels than the model takes.
     """
 
+    name = "without a file name"
     is_jpeg = False
     decoder_bytes = 0
     notes: tuple[str, ...] = ()
@@ -170,7 +171,7 @@ class EncodedImage:
             array = np.asarray(image, dtype=reading.array_dtype)
             self._from_array(to_channels_first(array, reading.num_channels))
             return
-        self.name = image_name(image) or "without a file name"
+        self.name = image_name(image) or self.name
         self.page = image.get("page")
         with self._named_errors():
             content = image_content(image)

@@ -10,11 +10,13 @@ import math
 import os
 import re
 import shutil
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from glob import escape
 from pathlib import Path
 
@@ -41,7 +43,7 @@ from .feature_files import (
     to_matrix,
     write_part,
 )
-from .images import content_of, load_images, split_names
+from .images import content_of, is_path, load_images, split_names
 from .labels import known_labels, match_names, plain_labels
 from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
 from .outputs import check_outputs
@@ -205,12 +207,21 @@ def class_names(dataset: Dataset | IterableDataset) -> list[str] | None:
 
 
 def images_of(args: Namespace, split: str, with_labels: bool = True) -> Dataset | IterableDataset:
-    """A split by a command's arguments, see `load_images`."""
-    return load_images(
+    """A split by a command's arguments, see `load_images`; says once what was found in a folder of images."""
+    dataset = load_images(
         args.dataset_name, args.dataset_config_name, split, args.image_column,
         args.label_column if with_labels else None, args.streaming, with_labels, args.folder_layout, args.tiff_pages,
         args.allow_unread,
     )  # fmt: skip
+    if is_path(args.dataset_name):
+        _say_account(dataset.info.description)
+    return dataset
+
+
+@lru_cache
+def _say_account(account: str) -> None:
+    if account and PartialState().is_main_process:
+        print(printable(account), file=sys.stderr)
 
 
 def splits_of(args: Namespace) -> list[str]:

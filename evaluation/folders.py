@@ -239,7 +239,7 @@ class ImageFolder:
     def dataset(self, split: str) -> Dataset:
         """Rows of `image` (a path, and with `tiff_pages` images a page), `label`, and columns of metadata."""
         files = self.splits[split]
-        folder = os.fspath(self.listing.path)
+        folder = os.path.abspath(self.listing.path)
         columns = {"path": [os.path.join(folder, file.name) for file in files]}
         image_feature = Image(decode=False)
         indices, pages = range(len(files)), None
@@ -267,7 +267,7 @@ class ImageFolder:
         digest = hashlib.sha256(repr((split, self.class_names, self.tiff_pages, files)).encode()).hexdigest()[:16]
         table = pa.table(arrays, schema=features.arrow_schema)
         length = SplitDict({split: SplitInfo(split, num_examples=len(table))})  # which a stream of it then knows
-        info = DatasetInfo(features=features, splits=length)
+        info = DatasetInfo(self.account(), features=features, splits=length)
         return Dataset(InMemoryTable(table), info, split=NamedSplit(split), fingerprint=digest)
 
     @staticmethod

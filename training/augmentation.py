@@ -137,6 +137,7 @@ class CropBatch(NamedTuple):
     crops: list[torch.Tensor]  # one a resolution, uint8 or fp32 in [0, 1] (crops * batch, channels, size, size)
     photometrics: list[Photometrics] | None  # one a resolution; None when `crops` are finished, and so normalised fp32
     skipped: list[dict[str, str]] = []  # images that were broken: name, kind and reason
+    noted: list[dict[str, str]] = []  # images that are read in part: name and note
     images: tuple | None = None  # which they are, as the loader knows them
 
 

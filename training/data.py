@@ -71,7 +71,9 @@ class CropDataset(TorchDataset):
         epoch, position, image = epoch_position_image
         row = image if isinstance(image, dict) else self.dataset[image]
         try:
-            return self.multi_crop(EncodedImage(row["image"], self.reading), epoch, position)
+            encoded = EncodedImage(row["image"], self.reading)
+            notes = [{"image": encoded.name, "note": note} for note in encoded.notes]
+            return *self.multi_crop(encoded, epoch, position), notes
         except BrokenImageError as error:
             return error
 
@@ -83,7 +85,8 @@ def collate_what_decodes(samples: list, args: TrainingArguments) -> CropBatch:
         ValueError: if none of them is.
     """
     skipped = replace_broken_(samples)
-    batch = collate(samples)._replace(skipped=skipped)
+    noted = [note for sample in {id(sample): sample for sample in samples}.values() for note in sample[2]]
+    batch = collate(samples)._replace(skipped=skipped, noted=noted)
     if args.augmentation_device == "host":
         return batch._replace(crops=finish_crops(batch, "cpu", args), photometrics=None)
     return batch
@@ -170,19 +173,20 @@ def is_network_trouble(error: Exception) -> bool:
     return not isinstance(error, (FileNotFoundError, PermissionError))
 
 
-def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDataset, list[int | None]]:
-    """The images of all data sets that are trained on, and how many each has, where that is known.
+def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDataset, list[int | None], list[str]]:
+    """The images of all datasets that are trained on, how many each has, where that is known, and accounts of folders.
 
     Map-style data sets follow one another; streams are mixed. By `mix_weights`, the epoch of a stream lasts until
     every image has been seen, and those of small data sets come several times.
     """
-    parts, lengths = [], []
+    parts, lengths, accounts = [], [], []
     for number, name in enumerate((args.dataset_name, *args.mix_with)):
         config_name, column = (None, None) if number else (args.dataset_config_name, args.image_column)
         part = load_images(
             name, config_name, args.train_split, column, None, args.streaming, False, args.folder_layout,
             args.tiff_pages, args.allow_unread,
         )  # fmt: skip
+        accounts += [part.info.description] if part.info.description and is_path(name) else []
         if isinstance(part, Dataset):
             lengths.append(len(part))
         else:
@@ -198,9 +202,9 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
                 f"{parts[0].features['image']}"
             )
     if len(parts) == 1:
-        return parts[0], lengths
+        return parts[0], lengths, accounts
     if isinstance(parts[0], Dataset):
-        return concatenate_datasets(parts), lengths
+        return concatenate_datasets(parts), lengths, accounts
     if not args.mix_weights and None in lengths:
         raise ValueError(
             "how many images these streams have is not known; to mix them, give --mix_weights, and --num_examples or "
@@ -213,7 +217,7 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
         seed=args.seed,
         stopping_strategy="all_exhausted" if args.mix_weights else "all_exhausted_without_replacement",
     )
-    return mixed, lengths
+    return mixed, lengths, accounts
 
 
 def is_deep(dataset: Dataset | IterableDataset, reading: Reading) -> bool:
@@ -262,7 +266,7 @@ class CropLoader:
 
     def __init__(self, args: TrainingArguments, num_channels: int, num_accumulated: int = 1):
         self.args = args
-        self.dataset, self.lengths = load_training_images(args)
+        self.dataset, self.lengths, self.accounts = load_training_images(args)
         self.reading = args.reading(num_channels).of(self.dataset.features)
         self.is_map_style = isinstance(self.dataset, Dataset)
         self.num_images = None if None in self.lengths else sum(self.lengths)

@@ -85,12 +85,31 @@ class Monitor:
         self.advised = False
         self.skipped = Counter()  # images by kind of fault, of this process since it started
         self.skipped_file = output_dir / "skipped.jsonl"
+        self.has_said_skipped = False
+        self.noted = Counter()  # images of this process that are read in part, by what is not read
 
     def skip(self, step: int, images: list[dict[str, str]]) -> None:
         """Lists images that were broken in `skipped.jsonl`, on whatever process."""
         if images:
             self.skipped.update(image["kind"] for image in images)
             append(self.skipped_file, [{"step": step} | image for image in images])
+
+    def say_skipped(self, skipped: Counter, num_seen: int, is_last: bool) -> None:
+        """Say how many images of all processes were skipped: when there is one first, and at the end."""
+        if skipped and (is_last or not self.has_said_skipped):
+            self.has_said_skipped = True
+            kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
+            self.say(f"{skipped.total()} of {num_seen} images skipped: {kinds} (listed in skipped.jsonl)")
+
+    def note(self, images: list[dict[str, str]]) -> None:
+        """Warn of images that are read in part: of the first one of a kind by its name, and of their number."""
+        for image in images:
+            self.noted[image["note"]] += 1
+            number = self.noted[image["note"]]
+            if number in (1, 10, 100, 1000) or number % 10_000 == 0:
+                logger.warning(
+                    "%d image%s read in part, %s: %s", number, "s" * (number > 1), image["note"], image["image"]
+                )
 
     def first_skipped(self) -> str:
         """What was wrong with the first five images that are listed."""

@@ -15,7 +15,7 @@ from evaluation.images import is_path
 from evaluation.interruption import interruption
 from modeling_dino import DINOModel
 from modeling_dino.command_line import Parser, run_process
-from modeling_dino.image_processing_dino import PILLOW_MODES
+from modeling_dino.image_processing_dino import PILLOW_MODES, DINOImageProcessor
 
 from .arguments import TrainingArguments
 from .monitor import read_metrics
@@ -34,10 +34,12 @@ def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImag
     image_processor.save_pretrained(folder)
 
 
-def usage(backbone: DINOModel, name: str, trust_remote_code: bool = False) -> str:
+def usage(backbone: DINOModel, image_processor, name: str, trust_remote_code: bool = False) -> str:
     """The five lines that load a backbone by its folder or Hub id, with our package or with the code beside it."""
     num_channels, size = backbone.config.num_channels, backbone.config.image_size
-    if num_channels in PILLOW_MODES:
+    if isinstance(image_processor, DINOImageProcessor):
+        library, image, options = "tifffile", 'tifffile.imread("image.tif")', ""
+    elif num_channels in PILLOW_MODES:
         library, image = "PIL.Image", f'PIL.Image.open("image.jpg").convert("{PILLOW_MODES[num_channels]}")'
         options = "" if num_channels == 3 else ', input_data_format="channels_last"'
     else:
@@ -59,6 +61,7 @@ def _files(output_dir: Path, patterns: tuple[str, ...]) -> list[Path]:
 def write_card(
     path: Path,
     backbone: DINOModel,
+    image_processor,
     args: TrainingArguments,
     num_images: int | None,
     num_steps: int,
@@ -80,6 +83,7 @@ def write_card(
         "network": f"{_describe(backbone)} ({backbone.num_parameters():,} parameters)",
         "images": " and ".join(sources) + ("" if num_images is None else f", {num_images:,}"),
         "training": f"{num_steps:,} steps of {global_batch_size} images",
+        "values": _describe_values(args, image_processor),
         "crops": f"2 of {args.global_crop_size} and {args.num_local_crops} of {args.local_crop_size} pixels",
         "head": f"{backbone.config.out_dim:,} prototypes",
         "learning rate": f"{args.base_learning_rate:g} per 256 images, to {args.min_learning_rate:g}",
@@ -98,6 +102,8 @@ def write_card(
         tags=["dino", "self-supervised-learning", "vision"],
         datasets=hub_datasets or None,
     )
+    pipeline = f'`pipeline("image-feature-extraction", "{_ADDRESS}", trust_remote_code=True)` gives the same with '
+    pipeline = "" if isinstance(image_processor, DINOImageProcessor) else pipeline + "`pool=True`.\n\n"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -108,12 +114,10 @@ Features of images, learned without labels by [DINO](https://arxiv.org/abs/2104.
 training with dino-hf.
 
 ```python
-{usage(backbone, _ADDRESS, trust_remote_code=True)}
+{usage(backbone, image_processor, _ADDRESS, trust_remote_code=True)}
 ```
 
-`pipeline("image-feature-extraction", "{_ADDRESS}", trust_remote_code=True)` gives the same with `pool=True`.
-
-| | |
+{pipeline}| | |
 |---|---|
 {table}
 
@@ -132,6 +136,14 @@ def _describe(backbone: DINOModel) -> str:
     if config.backbone_config.model_type == "timm_wrapper":
         return f"{config.backbone_config.architecture} of timm, which must be installed"
     return type(backbone.backbone).__name__
+
+
+def _describe_values(args: TrainingArguments, image_processor) -> str:
+    if not isinstance(image_processor, DINOImageProcessor):
+        return ""
+    scale = f"{' to '.join(args.value_range)} become 0 to 1" if args.value_range else "the range of the integer type"
+    pages = {"channels": "; pages are channels", "images": "; a page is an image", "first": "; of pages, the first"}
+    return scale + pages.get(args.tiff_pages, "")
 
 
 def _describe_knn(metrics: list[dict], num_steps: int, args: TrainingArguments) -> str:

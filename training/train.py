@@ -234,7 +234,11 @@ def _train(
             raise ValueError(f"gradient_checkpointing: a {kind} cannot, leave it out") from error
     if args.dry_run:
         if accelerator.is_main_process:
-            print(describe(args, student, schedule, accelerator, loader.num_images, checkpoint))
+            print(
+                *loader.accounts,
+                describe(args, student, schedule, accelerator, loader.num_images, checkpoint),
+                sep="\n",
+            )
         accelerator.end_training()
         return output_dir
 
@@ -280,6 +284,8 @@ def _train(
     monitor = Monitor(
         output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice, accelerator.log, judge
     )
+    for account in loader.accounts:
+        monitor.say(account)
     images = []
     if accelerator.is_main_process:
         with run_log.tolerated("reading images for attention.png"):
@@ -367,6 +373,8 @@ def _train(
                         "--resume_from_checkpoint latest goes on from there when the data can be read"
                     ) from error
             monitor.skip(step + 1, sum((batch.skipped for batch in step_batches), []))
+            if step < first_step + steps_per_epoch:  # else images come again
+                monitor.note(sum((batch.noted for batch in step_batches), []))
             if step == 0 and accelerator.is_main_process:
                 with run_log.tolerated("drawing crops.png"):
                     draw_crops(step_batches[0], args, output_dir)
@@ -378,10 +386,11 @@ def _train(
             log_now, save_now = (
                 is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
             )
-            skipped = Counter()
+            num_seen, skipped = (done - first_step) * global_batch_size, Counter()
             if log_now:
                 guard.settle()
                 skipped = sum(gather_object([monitor.skipped]), Counter())
+                monitor.say_skipped(skipped, num_seen, is_last)
                 monitor.log_step(
                     done,
                     {
@@ -402,7 +411,6 @@ def _train(
                     failed = monitor.explained_verdict() if monitor.verdict in FAILING else None
                     if failed := agreement.first_of_any(failed):
                         raise RunError(f"step {done}: {failed}. {last_checkpoint(output_dir)}")
-            num_seen = (done - first_step) * global_batch_size
             too_many = num_seen >= 1000 and skipped.total() > args.max_skipped_fraction * num_seen
             if save_now or too_many:
                 save(done)
@@ -432,12 +440,12 @@ def _train(
         def write(new: Path) -> None:
             publish(teacher.dino, image_processor, new)
             write_card(
-                new / "README.md", teacher.dino, args, loader.num_images, num_steps, global_batch_size, is_resumed,
-                hub_datasets,
+                new / "README.md", teacher.dino, image_processor, args, loader.num_images, num_steps,
+                global_batch_size, is_resumed, hub_datasets,
             )  # fmt: skip
 
         folder.publish(write)
-        snippet = usage(teacher.dino, str(output_dir))
+        snippet = usage(teacher.dino, image_processor, str(output_dir))
         monitor.say(f"The teacher's backbone is in {output_dir}, figures in {output_dir / 'figures'}. To use it:")
         monitor.say(snippet)
         if args.push_to_hub:
