@@ -535,10 +535,13 @@ def wrong_words(stdout: str, stderr: str, code: int | None) -> list[str]:
     if odd:
         wrong.append(f"control characters {sorted(odd)}")
     lines = [line.rpartition("\r")[2].strip() for line in stderr.split("\n")]
-    warned = "warning|and training goes on|SIGTERM"
+    warned = "warning|and training goes on|SIGTERM|image files found|is damaged, .*; looking for the one before"
     lines = [line for line in lines if line and not re.search(warned, line, re.I)]
     errors = [line for line in lines if re.match(r"dino-\w+.*?: error: ", line)]
-    if code in (1, 2) and len(errors) != 1:
+    has_found = code == 1 and "would be skipped" in stdout  # dino-check
+    if code == 1 and not has_found:
+        wrong.append("unforeseen")
+    if code in (1, 2) and len(errors) != 1 and not has_found:
         wrong.append(f"{len(errors)} lines of error")
     if others := [line for line in lines if line not in errors and not re.search(r"\d+%\||/s\]$|s/\w+\]$", line)]:
         wrong.append(f"{len(others)} other lines on stderr, such as {others[0][:200]!a}")
@@ -571,7 +574,7 @@ def explain(result: dict, seed: int) -> str:
     last = ([line for line in result["said"][1].splitlines() if "error:" in line] or [""])[-1]
     argv = ascii(shlex.join(word if len(word) < 300 else f"{word[:20]}...({len(word)})" for word in result["argv"]))
     return (
-        f"try {result['number']}, {'; '.join(result['wrong']) or 'unforeseen'}: exit code {result['code']} after "
+        f"try {result['number']}, {'; '.join(result['wrong'])}: exit code {result['code']} after "
         f"{result['seconds']:.1f} s, {', '.join(result['faults'])}\n    {result['command']} {argv}\n"
         f"    {ascii(last[:600])}\n"
         f"    python -m tests.fuzz --seed {seed} --first {result['number']} --tries 1 --folder FOLDER"
@@ -596,7 +599,7 @@ def main() -> None:
         fuzz, results = Fuzz(folder.resolve(), keep=options.folder is not None), []
         for number in range(options.first, options.first + options.tries):
             results.append(fuzz.attempt(number, options.seed))
-            if results[-1]["wrong"] or results[-1]["code"] == 1:
+            if results[-1]["wrong"]:
                 print(explain(results[-1], options.seed), flush=True)
         print(report(results))
         forked.stop()

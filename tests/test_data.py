@@ -261,11 +261,17 @@ def test_column_that_is_no_label_is_an_error(tmp_path, feature, rows, message):
         load_images(str(tmp_path / "images.parquet"), image_column="image", label_column="other")
 
 
-def test_arrays_of_more_than_8_bits_are_an_error(tmp_path):
-    features = Features({"image": Array3D((2, 4, 4), "uint16")})
-    Dataset.from_dict({"image": [np.zeros((2, 4, 4), np.uint16)]}, features=features).save_to_disk(tmp_path / "images")
-    with pytest.raises(ValueError, match="must be uint8, those in column image are uint16"):
-        load_images(str(tmp_path / "images"))
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_array_columns_keep_their_type_and_values(tmp_path, dtype, streaming):
+    values = np.array([0, 1, 40_000, 65_535, 300, 7]).astype(dtype) * np.ones((2, 4, 1), dtype)
+    features = Features({"image": Array3D(values.shape, dtype)})
+    Dataset.from_dict({"image": [values]}, features=features).to_parquet(tmp_path / "images.parquet")
+    dataset = load_images(str(tmp_path / "images.parquet"), streaming=streaming)
+    [row] = dataset
+    decoded = decode_image(row["image"], Reading(2).of(dataset.features))
+    np.testing.assert_array_equal(decoded, values)
+    assert decoded.dtype == dtype
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere.parquet", "a/b/c"])

@@ -196,7 +196,7 @@ import os
 from evaluation import features
 share, calls = features._extract_share, []
 
-def extract(*args):
+def extract(*args, **kwargs):
     calls.append(0)
     if {first} <= len(calls) < {last} and os.environ.get("RANK", "0") == "{rank}":
         raise OSError("the network is gone")

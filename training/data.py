@@ -220,15 +220,19 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
     return mixed, lengths, accounts
 
 
-def is_deep(dataset: Dataset | IterableDataset, reading: Reading) -> bool:
-    """Whether images are not of 8 bits a channel, by some of their headers; of a stream, by its first image's."""
+def is_deep(dataset: Dataset | IterableDataset, reading: Reading, first: list[dict] | None) -> bool:
+    """Return whether images are not of 8 bits a channel, by some of their headers.
+
+    Args:
+        dataset: The images.
+        reading: How to read them.
+        first: Of a stream, its first rows; of a run that is done, None.
+    """
     if reading.array_dtype != "uint8":
         return True
     if isinstance(dataset, Dataset):
-        rows = (dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, min(64, len(dataset))))
-    else:
-        rows = dataset.take(1)
-    for row in rows:
+        first = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset)))]
+    for row in dataset.take(1) if first is None else first:
         with suppress(BrokenImageError):
             if EncodedImage(row["image"], reading).dtype != np.uint8:
                 return True

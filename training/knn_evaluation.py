@@ -19,16 +19,14 @@ class KNNEvaluation:
 
     Args:
         args: Name the data. Without `eval_split`, it is chosen as `dino-eval` does.
-        image_processor: Of the network.
         num_channels: Channels that the network takes.
 
     Attributes:
         split_names: Of the images that vote, and, unless each is measured by the others, of those that are measured.
     """
 
-    def __init__(self, args: TrainingArguments, image_processor, num_channels: int):
+    def __init__(self, args: TrainingArguments, num_channels: int):
         self.args = args
-        self.image_processor = image_processor
         self.reading = args.reading(num_channels)
         eval_split = args.eval_split or choose_eval_split(
             split_names(args.dataset_name, args.dataset_config_name, args.streaming, args.folder_layout),
@@ -52,13 +50,13 @@ class KNNEvaluation:
             return dataset.select(range(min(args.max_eval_samples, len(dataset))))
         return dataset.take(args.max_eval_samples)
 
-    def __call__(self, backbone) -> dict[str, float]:
+    def __call__(self, backbone, image_processor) -> dict[str, float]:
         banks, train = [], None
         for dataset, split, description in zip(self.splits, self.split_names, ("k-NN bank", "k-NN test")):
             features = extract_features(
                 backbone,
                 dataset,
-                self.image_processor,
+                image_processor,
                 self.args.per_device_eval_batch_size,
                 self.args.num_workers if isinstance(dataset, Dataset) else 0,
                 description,

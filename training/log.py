@@ -13,10 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import evaluation
 from evaluation.interruption import Stopping
 from modeling_dino.command_line import one_line, printable
 
 
+OURS = Path(evaluation.__file__).parent
 TALKING_LIBRARIES = (
     "transformers",
     "datasets",
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def _one_line_warning(message, category, filename, lineno, line=None) -> str:
-    if category is UserWarning:  # meant for users, whatever the code
+    if Path(filename).is_relative_to(OURS):  # meant for users, whatever the code
         return str(message)
     return f"{message} ({category.__name__}, {filename}:{lineno})"
 

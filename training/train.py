@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 
 from evaluation.images import is_path
 from evaluation.interruption import Interrupted, interruption
@@ -197,17 +197,13 @@ def _train(
     num_accumulated = accelerator.gradient_accumulation_steps
     data_args = without_downloads(args) if args.dry_run else args
     loader = CropLoader(data_args, config.num_channels, num_accumulated)
-    image_processor = make_image_processor(
-        config.image_size, config.num_channels, args.image_mean, args.image_std, args.eval_crop_pct,
-        args.value_range, is_deep(loader.dataset, loader.reading),
-    )  # fmt: skip
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     if loader.is_map_style and accelerator.is_main_process:
         warn_of_memory(loader.dataset, args, loader.reading)
     evaluate = None
     if args.eval_steps:
-        evaluate = KNNEvaluation(data_args, image_processor, config.num_channels)
+        evaluate = KNNEvaluation(data_args, config.num_channels)
         args = resolved(args, eval_split=evaluate.split_names[-1])
     data = identify_data(args, loader.lengths)
     checkpoint = choose_start(args, output_dir, global_batch_size, data)
@@ -235,7 +231,7 @@ def _train(
     if args.dry_run:
         if accelerator.is_main_process:
             print(
-                *loader.accounts,
+                *(f"{account}\n" for account in loader.accounts),
                 describe(args, student, schedule, accelerator, loader.num_images, checkpoint),
                 sep="\n",
             )
@@ -261,6 +257,13 @@ def _train(
     if first_step < num_steps:  # else all that it lacks is to be published
         # images that cannot be read are found before another run is deleted
         step_batches = [next(batches) for _ in range(num_accumulated)]
+
+    first_rows = step_batches[0].images.images if first_step < num_steps else None
+    deep = broadcast_object_list([is_deep(loader.dataset, loader.reading, first_rows)])[0]
+    image_processor = make_image_processor(
+        config.image_size, config.num_channels, args.image_mean, args.image_std, args.eval_crop_pct, args.value_range,
+        deep,
+    )  # fmt: skip
 
     reason = None
     if accelerator.is_main_process:
@@ -300,7 +303,7 @@ def _train(
         with run_log.tolerated(f"k-NN at step {step}") if step else nullcontext():  # at first, settings may be wrong
             backbone = whole_network(teacher).dino
             with interruption.stopping(backbone):
-                accuracies = evaluate(backbone)
+                accuracies = evaluate(backbone, image_processor)
         if accuracies:
             monitor.write(step, accuracies)
             best = max(value for name, value in accuracies.items() if name.endswith("top1"))
