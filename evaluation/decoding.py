@@ -107,14 +107,20 @@ class BrokenImageError(ValueError):
     """An image that cannot be decoded faithfully. `kind` is one of a few words, the message names the image.
 
     A data loader raises an error of a worker again with its message as the only argument.
+
+    Args:
+        name: Of the image.
+        kind: Few words, equal for equal faults.
+        reason: What follows the name in the message.
+        number: The image's channels or pixels, where the model or a setting asks for others.
     """
 
-    def __init__(self, name: str, kind: str = "", reason: str = ""):
+    def __init__(self, name: str, kind: str = "", reason: str = "", number: int = 0):
         super().__init__(f"image {printable(name)} {reason}" if kind else name)
-        self.name, self.kind, self.reason = name, kind, reason
+        self.name, self.kind, self.reason, self.number = name, kind, reason, number
 
     def __reduce__(self):
-        return BrokenImageError, (self.name, self.kind, self.reason)
+        return BrokenImageError, (self.name, self.kind, self.reason, self.number)
 
 
 def pixel_hash(pixels: np.ndarray) -> int:
@@ -191,6 +197,7 @@ class EncodedImage:
                     "too large",
                     f"has {self.width} x {self.height} pixels, more than max_image_pixels = "
                     f"{reading.max_image_pixels}. Give --max_image_pixels {self.height * self.width} if you trust it",
+                    self.height * self.width,
                 )
 
     def _open_pillow(self, content: bytes) -> None:
@@ -276,6 +283,7 @@ class EncodedImage:
             "other channels",
             f"has {channels} channels, and the model takes {self.reading.num_channels}. Train with "
             f"--config_overrides num_channels={channels}",
+            channels,
         )
 
     def decode(self, reduction: int = 1) -> np.ndarray:
