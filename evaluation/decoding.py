@@ -169,6 +169,7 @@ class EncodedImage:
         ValueError: an array column of another number of channels than the model takes.
     """
 
+    name = "without a file name"
     is_jpeg = False
     decoder_bytes = 0
     notes: tuple[str, ...] = ()
@@ -182,7 +183,7 @@ class EncodedImage:
             self.dtype, (self.height, self.width) = pixels.dtype, pixels.shape[1:]
             self._decode = lambda reduction: np.ascontiguousarray(pixels)
             return
-        self.name = image_name(image) or "without a file name"
+        self.name = image_name(image) or self.name
         self.page = image.get("page")
         with self._named_errors():
             content = image_content(image)
@@ -292,8 +293,6 @@ class EncodedImage:
         JPEGs are decoded to `reduction` (1, 2, 4 or 8) times fewer pixels a side, rounded up, which is faster the
         fewer they are. Nothing else can be, and keeps its size.
         """
-        if not hasattr(self, "name"):  # an array
-            return self._decode(reduction)
         with self._named_errors():
             return self._decode(reduction)
 

@@ -384,7 +384,7 @@ def measure(args: Namespace) -> Report:
     network = ComputedFeatures(model, lambda pixel_values: run_model(model, pixel_values).logits)
     logits = extract_features(
         network, test, image_processor, args.batch_size, args.num_workers, f"{args.model}, {evaluation_split(args)}",
-        reading,
+        reading=reading,
     )  # fmt: skip
     hashes = np.concatenate(of_all_processes(lambda: hashes, "hashes of the training images"))
     warn_of_shared_images(hashes, logits.hashes)

@@ -401,7 +401,7 @@ class CroppedImages:
         args = self.args
         return extract_features(
             self.network, images, self.image_processor, args.batch_size, args.num_workers,
-            f"{args.model}, {description}", reading_of(args, self.network),
+            f"{args.model}, {description}", reading=reading_of(args, self.network),
         )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class KNNEvaluation:
                 self.args.per_device_eval_batch_size,
                 self.args.num_workers if isinstance(dataset, Dataset) else 0,
                 description,
-                self.reading,
+                reading=self.reading,
             )
             features = labelled(features, split, like=train)
             train = train or features
