@@ -192,17 +192,21 @@ class EncodedImage:
                 self._open_pillow(content)
             else:
                 self._open_scientific(reader, content)
-            if self.height * self.width > reading.max_image_pixels:
-                raise BrokenImageError(
-                    self.name,
-                    "too large",
-                    f"has {self.width} x {self.height} pixels, more than max_image_pixels = "
-                    f"{reading.max_image_pixels}. Give --max_image_pixels {self.height * self.width} if you trust it",
-                    self.height * self.width,
-                )
+            self._check_size(self.width, self.height)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.reading.max_image_pixels:
+            raise BrokenImageError(
+                self.name,
+                "too large",
+                f"has {width} x {height} pixels, more than max_image_pixels = {self.reading.max_image_pixels}. Give "
+                f"--max_image_pixels {width * height} if you trust it",
+                width * height,
+            )
 
     def _open_pillow(self, content: bytes) -> None:
         file = _open_any_size(content)
+        self._check_size(*file.size)  # first, as looking for EXIF data decodes a PNG
         _refuse_reduced(file, content, self.name)
         reading, num_channels = self.reading, self.reading.num_channels
         self.is_jpeg = file.format == "JPEG"
@@ -719,7 +723,7 @@ def _open_deep_png(content: bytes, image: EncodedImage) -> _Opened:
     from imagecodecs import png_decode
 
     file = _open_any_size(content, ("PNG",))
-    orientation = file.getexif().get(ExifTags.Base.Orientation)
+    orientation = file.getexif().get(ExifTags.Base.Orientation) if "exif" in file.info else None
     (width, height), kind = file.size, content[25]
     has_alpha = kind != 2 or "transparency" in file.info
     channels = 2 if kind == 4 else 3 + has_alpha

@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import struct
-import subprocess
 import sys
 import threading
 import zipfile
@@ -168,7 +167,7 @@ def as_read(array: np.ndarray) -> np.ndarray:
 def test_every_type_of_number_is_read(dtype):
     array = noise(HEIGHT, WIDTH, dtype=dtype)
     expected = as_read(array)[None]
-    assert_reads(tiff(array), expected)
+    assert_reads(tiff(array, photometric="minisblack"), expected)
     assert_reads(npy(array), expected)
     assert_reads(npy(array.astype(array.dtype.newbyteorder(">"))), expected)
     assert_reads(npy(np.asfortranarray(array)), expected)
@@ -308,7 +307,7 @@ def test_mask_page_is_noted():
     array, file = noise(HEIGHT, WIDTH, 3), io.BytesIO()
     with tifffile.TiffWriter(file) as writer:
         writer.write(array, photometric="rgb", metadata=None)
-        writer.write(np.ones((HEIGHT, WIDTH), np.uint8), photometric="mask", subfiletype=4, metadata=None)
+        writer.write(np.ones((HEIGHT, WIDTH), bool), photometric="mask", subfiletype=4, metadata=None)
     assert_reads(file.getvalue(), array.transpose(2, 0, 1))
     assert encoded(file.getvalue(), 3).notes == ("mask ignored",)
 
@@ -356,9 +355,8 @@ def test_transparency_is_put_on_the_background(kind, background, color):
 def test_gray_with_alpha_serves_all_channels(kind, num_channels):
     array = noise(HEIGHT, WIDTH, 2, dtype="uint16" if kind.endswith("16") else "uint8")
     if kind == "png":
-        content = saved(Image.fromarray(array, "LA") if False else Image.merge("LA", [
-            Image.fromarray(np.ascontiguousarray(array[..., channel])) for channel in range(2)
-        ]), "png")  # fmt: skip
+        bands = [Image.fromarray(np.ascontiguousarray(array[..., channel])) for channel in range(2)]
+        content = saved(Image.merge("LA", bands), "png")
     else:
         options = {"photometric": "minisblack", "extrasamples": ["unassalpha"]}
         content = deep_png(array) if kind == "png16" else tiff(array, **options)
@@ -696,8 +694,8 @@ def test_declared_size_is_refused_before_memory_is_taken(kind):
             content = file.getvalue()
     error = fault(bytes(content), 1 if kind in ("npy", "npz") else 3)
     assert error.kind in ("too large", "damaged")
-    if kind in ("png", "png16", "tiff", "jpeg2000"):
-        assert error.kind == "too large" and error.number >= 65535**2
+    if kind in ("png", "png16", "jpeg2000"):
+        assert error.kind == "too large" and error.number == HUGE**2
 
 
 def test_zip_bomb_is_refused_by_its_header():
@@ -934,7 +932,9 @@ def checked(folder, capsys, *flags) -> tuple[int, str]:
 
 def test_check_proposes_the_flags_that_help(tmp_path, capsys):
     for number in range(5):
-        (tmp_path / f"bands_{number}.tif").write_bytes(tiff(noise(HEIGHT, WIDTH, 4), photometric="rgb"))
+        (tmp_path / f"bands_{number}.tif").write_bytes(
+            tiff(noise(HEIGHT, WIDTH, 4), photometric="rgb", extrasamples=[0])
+        )
     (tmp_path / "six.npy").write_bytes(npy(noise(6, HEIGHT, WIDTH)))
     (tmp_path / "pages.tif").write_bytes(tiff(noise(3, HEIGHT, WIDTH), photometric="minisblack"))
     (tmp_path / "large.png").write_bytes(saved(picture(90, 90, 3), "png"))
@@ -1027,21 +1027,11 @@ def test_published_model_reads_5_bands_without_the_package(recipe, tmp_path):  #
     np.testing.assert_allclose(features, np.stack(table["features"]), atol=1e-6, rtol=0)
 
 
-def test_large_image_says_nothing_on_stderr(tmp_path):
-    image = Image.new("1", (20_000, 10_000))
-    image.save(tmp_path / "a.png")
-    script = "import sys; from evaluation.decoding import *; print(decode_image({'bytes': None, 'path': sys.argv[1]}, " \
-        "Reading(1, max_image_pixels=200_000_000)).shape)"  # fmt: skip
-    shown = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "a.png")], capture_output=True, text=True, timeout=120
-    )
-    assert shown.stdout.split() == ["(1,", "10000,", "20000)"] and not shown.stderr
-
-
 def test_training_on_floats_without_a_range_is_one_line(recipe, tmp_path):  # noqa: F811
+    (tmp_path / "images").mkdir()
     for number in range(8):
-        np.save(tmp_path / f"{number}.npy", noise(3, 24, 24, dtype="float32"))
-    finished = command("--config", recipe, "--dataset_name", tmp_path, "--output_dir", tmp_path / "run")
+        np.save(tmp_path / f"images/{number}.npy", noise(3, 24, 24, dtype="float32"))
+    finished = command("--config", recipe, "--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "run")
     assert finished.returncode != 0
     errors = [line for line in finished.stderr.splitlines() if "error" in line]
     assert len(errors) == 1 and "Give --value_range LOW HIGH" in errors[0]
