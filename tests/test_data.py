@@ -261,13 +261,6 @@ def test_column_that_is_no_label_is_an_error(tmp_path, feature, rows, message):
         load_images(str(tmp_path / "images.parquet"), image_column="image", label_column="other")
 
 
-def test_arrays_of_more_than_8_bits_are_an_error(tmp_path):
-    features = Features({"image": Array3D((2, 4, 4), "uint16")})
-    Dataset.from_dict({"image": [np.zeros((2, 4, 4), np.uint16)]}, features=features).save_to_disk(tmp_path / "images")
-    with pytest.raises(ValueError, match="must be uint8, those in column image are uint16"):
-        load_images(str(tmp_path / "images"))
-
-
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere.parquet", "a/b/c"])
 def test_missing_path_is_an_error_that_names_it(name):
     with pytest.raises(ValueError, match=f"no file or folder {name}"):
