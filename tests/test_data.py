@@ -261,6 +261,15 @@ def test_column_that_is_no_label_is_an_error(tmp_path, feature, rows, message):
         load_images(str(tmp_path / "images.parquet"), image_column="image", label_column="other")
 
 
+def test_arrays_of_more_than_8_bits_keep_their_values(tmp_path):
+    features = Features({"image": Array3D((2, 4, 4), "uint16")})
+    array = np.arange(32, dtype=np.uint16).reshape(2, 4, 4) * 2000
+    Dataset.from_dict({"image": [array]}, features=features).save_to_disk(tmp_path / "images")
+    dataset = load_images(str(tmp_path / "images"))
+    pixels = decode_image(dataset[0]["image"], Reading(2).of(dataset.features))
+    assert pixels.dtype == np.uint16 and (pixels == array).all()
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere.parquet", "a/b/c"])
 def test_missing_path_is_an_error_that_names_it(name):
     with pytest.raises(ValueError, match=f"no file or folder {name}"):
