@@ -8,8 +8,10 @@ ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 TENSORBOARD = ["tensorboard>=2.15"]
 VIDEO = ["av>=14"]
 UMAP = ["umap-learn>=0.5.7"]
+SCIENTIFIC = ["tifffile>=2024.1", "imagecodecs>=2024.1"]
+HEIF = ["pillow-heif>=0.16"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "polars>=1.20"]
-TEST += [*TIMM, *ONNX, *TENSORBOARD, *VIDEO, *UMAP]
+TEST += [*TIMM, *ONNX, *TENSORBOARD, *VIDEO, *UMAP, *SCIENTIFIC, *HEIF]
 
 
 setup(
@@ -50,6 +52,8 @@ setup(
         "tensorboard": TENSORBOARD,
         "video": VIDEO,
         "umap": UMAP,
+        "scientific": SCIENTIFIC,
+        "heif": HEIF,
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.4"],
         "test": TEST,

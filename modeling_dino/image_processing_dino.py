@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL.Image import Image as PillowImage
 from PIL.Image import Resampling
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -50,7 +51,9 @@ def scale_values(pixels: np.ndarray, value_range: Sequence[str | float] | None =
     value_range = parse_value_range(value_range)
     is_exact = pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32  # in fp32
     values = pixels.astype(np.float32 if is_exact else np.float64)
-    if value_range is None:
+    if value_range is None and pixels.dtype == bool:
+        low, high = 0.0, 1.0
+    elif value_range is None:
         if pixels.dtype.kind not in "ui":
             raise ValueError(
                 f"images of {pixels.dtype} have no range of values. Give --value_range LOW HIGH, or as percentiles "
@@ -62,11 +65,18 @@ def scale_values(pixels: np.ndarray, value_range: Sequence[str | float] | None =
         finite = np.where(np.isfinite(values), values, np.nan)
         finite[np.isnan(finite).all(axis=(1, 2))] = 0
         low, high = np.nanpercentile(finite, percentiles, axis=(1, 2), keepdims=True).astype(values.dtype)
-        high = np.where(high > low, high, low + 1)  # a channel of one value becomes 0
     else:
         low, high = value_range
-    scaled = np.clip((values - low) / (high - low), 0, 1)
+    span = np.subtract(high, low)
+    span = np.where(span > 0, span, 1).astype(values.dtype)  # a channel of one value becomes 0
+    with np.errstate(over="ignore", invalid="ignore"):  # values near the end of the type's range become 0 or 1
+        scaled = np.clip((values - low) / span, 0, 1)
     return np.nan_to_num(scaled, nan=0.0).astype(np.float32)
+
+
+def has_channels_last(shape: Sequence[int], num_channels: int) -> bool:
+    """Return whether an array of this shape has its channels last, for a network of `num_channels`."""
+    return len(shape) == 3 and shape[0] not in (num_channels, 1) and shape[-1] in (num_channels, 1)
 
 
 def to_channels_first(array: np.ndarray, num_channels: int) -> np.ndarray:
@@ -83,7 +93,7 @@ def to_channels_first(array: np.ndarray, num_channels: int) -> np.ndarray:
     shape = array.shape
     if array.ndim == 2:
         array = array[None]
-    elif array.ndim == 3 and shape[0] not in (num_channels, 1) and shape[-1] in (num_channels, 1):
+    elif has_channels_last(shape, num_channels):
         array = array.transpose(2, 0, 1)
     elif array.ndim > 3:
         array = array.reshape(-1, *shape[-2:])
@@ -92,6 +102,13 @@ def to_channels_first(array: np.ndarray, num_channels: int) -> np.ndarray:
     if array.ndim != 3 or len(array) != num_channels:
         raise ValueError(f"the model takes {num_channels} channels, got an array of the shape {shape}")
     return array
+
+
+def _to_array(image, num_channels: int) -> np.ndarray:
+    """The values of an array, a tensor or a Pillow image; of the latter, colors rather than indices of a palette."""
+    if isinstance(image, PillowImage) and image.mode[0] not in "IF" and num_channels in PILLOW_MODES:
+        image = image.convert(PILLOW_MODES[num_channels])
+    return np.asarray(image)
 
 
 class DINOImageProcessor(ViTImageProcessor):
@@ -111,7 +128,7 @@ class DINOImageProcessor(ViTImageProcessor):
     def preprocess(self, images, **kwargs):
         images = images if isinstance(images, (list, tuple)) else [images]
         num_channels = len(self.image_mean)
-        arrays = [to_channels_first(np.asarray(image), num_channels) for image in images]
+        arrays = [to_channels_first(_to_array(image, num_channels), num_channels) for image in images]
         scaled = [torch.from_numpy(scale_values(array, self.value_range)) for array in arrays]
         return super().preprocess(
             scaled, **kwargs | {"do_rescale": False, "do_convert_rgb": False, "input_data_format": "channels_first"}

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.arguments import add_reading
-from evaluation.decoding import BrokenImageError, EncodedImage, Reading
+from evaluation.decoding import BrokenImageError, EncodedImage, Reading, image_name
 from evaluation.images import describe_folder, load_images
 from evaluation.interruption import interruption
 from evaluation.workers import Loader
@@ -28,6 +28,7 @@ class Findings:
     Args:
         sizes: (height, width) of each image that can be read.
         faults: Kind -> messages, which name the image, of those that training would skip.
+        numbers: Kind -> channels or pixels that the images of it have -> number of images.
         notes: What is not read -> names of images.
         dtypes: Types of the values -> number of images.
         lowest, highest: Of all values.
@@ -36,11 +37,20 @@ class Findings:
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    numbers: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     dtypes: Counter = field(default_factory=Counter)
     lowest: float = np.inf
     highest: float = -np.inf
     samples: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(len, self.faults.values()))
+
+    @property
+    def num_floats(self) -> int:
+        return sum(number for dtype, number in self.dtypes.items() if dtype.startswith("float"))
 
 
 class _Decoded:
@@ -58,11 +68,12 @@ class _Decoded:
             pixels = image.decode()
         except BrokenImageError as error:
             return error
-        name = row["path"] if isinstance(row, dict) and row["path"] else "without a file name"
+        name = image_name(row) or "without a file name"
         sample = None
         if pixels.dtype != np.uint8:
             values = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels.reshape(-1)
-            sample = values[:: max(1, len(values) // NUM_SAMPLES)]
+            chosen = np.random.default_rng(0).integers(0, max(1, len(values)), NUM_SAMPLES)
+            sample = values[chosen] if len(values) > NUM_SAMPLES else values
             lowest, highest = (float(values.min()), float(values.max())) if len(values) else (np.inf, -np.inf)
             sample = sample, lowest, highest
         return name, pixels.shape[1:], str(pixels.dtype), image.notes, sample
@@ -100,6 +111,8 @@ def check(
 def _add(found: Findings, one: BrokenImageError | tuple) -> None:
     if isinstance(one, BrokenImageError):
         found.faults[one.kind].append(str(one))
+        if one.number:
+            found.numbers[one.kind][one.number] += 1
         return
     name, size, dtype, notes, values = one
     found.sizes.append(tuple(size))
@@ -112,27 +125,53 @@ def _add(found: Findings, one: BrokenImageError | tuple) -> None:
         found.lowest, found.highest = min(found.lowest, lowest), max(found.highest, highest)
 
 
-def report(found: Findings, value_range: list | None) -> Iterator[str]:
-    """What was found, a line each: counts first, then kinds with some examples, then what would help."""
-    num_skipped = sum(map(len, found.faults.values()))
+def report(found: Findings, reading: Reading, value_range: list | None) -> Iterator[str]:
+    """What was found, a line each: counts first, then kinds with some examples, then the flags that would help."""
     kinds = ", ".join(f"{len(found.faults[kind])} {kind}" for kind in _by_number(found.faults))
-    total = f"{len(found.sizes) + num_skipped} images, {num_skipped} of them would be skipped"
+    total = f"{len(found.sizes) + found.num_skipped} images, {found.num_skipped} of them would be skipped"
     yield total + f": {kinds}" * bool(kinds)
     for kind in _by_number(found.faults):
         yield from _some(found.faults[kind])
     for note in _by_number(found.notes):
-        yield f"{len(found.notes[note])} images are read in part, {note}:"
+        number = len(found.notes[note])
+        yield f"{number} {'image is' if number == 1 else 'images are'} read in part, {note}:"
         yield from _some(found.notes[note])
     if found.sizes:
         heights, widths = zip(*found.sizes)
         dtypes = ", ".join(f"{number} of {dtype}" for dtype, number in found.dtypes.most_common())
         yield f"{min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high; {dtypes}"
-    if found.samples and value_range is None:
-        low, high = np.percentile(np.concatenate(found.samples), [1, 99])
+    yield from _advice(found, reading)
+    samples = np.concatenate([np.empty(0), *found.samples])
+    if value_range is None and len(samples):
+        low, high = np.percentile(samples, [1, 99])
+        low, high = (low, high) if low < high else (found.lowest, max(found.highest, found.lowest + 1))
         yield (
             f"values from {found.lowest:g} to {found.highest:g}, 1 % of them below {low:g} and 1 % above {high:g}; "
             f"consider --value_range {low:g} {high:g}, or of each image --value_range p1 p99"
         )
+    if value_range is None and found.num_floats:
+        yield f"training stops at the {found.num_floats} images of floats without --value_range"
+
+
+def _advice(found: Findings, reading: Reading) -> Iterator[str]:
+    """The flags that would let images of `found.faults` be read, a line each."""
+    counts = found.numbers["other channels"]
+    if counts:
+        listed = ", ".join(f"{number} of {channels}" for channels, number in counts.most_common())
+        channels = counts.most_common(1)[0][0]
+        yield (
+            f"images of other channels than {reading.num_channels}: {listed}; consider --config_overrides "
+            f"num_channels={channels} in training, --num_channels {channels} here"
+        )
+    if counts := found.numbers["too large"]:
+        yield f"the largest image has {max(counts)} pixels; consider --max_image_pixels {max(counts)}"
+    if "several pages" in found.faults:
+        yield (
+            "TIFFs of several pages; consider --tiff_pages channels (of one image), images (of their own) or first "
+            "(the others are ignored)"
+        )
+    if "needs scientific" in found.faults:
+        yield "images that need further packages; consider pip install 'dino-hf[scientific]'"
 
 
 def _by_number(findings: dict[str, list[str]]) -> list[str]:
@@ -147,7 +186,7 @@ def _some(names: list[str]) -> Iterator[str]:
 
 
 def check_from_command_line(argv: list[str]) -> None:
-    description = "Find the images that training would skip. The exit code is 1 if there are any."
+    description = "Find the images that training would skip or stop at. The exit code is 1 if there are any."
     parser = Parser(prog="dino-check", description=description)
     parser.add_argument("dataset_name", help="Hub id, or path of a folder, parquet, Arrow or tar file")
     parser.add_argument("--config_name", help="configuration of a dataset that has several")
@@ -161,11 +200,11 @@ def check_from_command_line(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
     args = parser.parse_args(argv)
     if check_and_print(args):
-        raise SystemExit(1)
+        raise SystemExit(1)  # no error, which would be 2
 
 
 def check_and_print(args: Namespace) -> int:
-    """Print what was found; return how many images would be skipped."""
+    """Print what was found; return how many images would be skipped, or would stop the training."""
     value_range = parse_value_range(args.value_range)
     reading = Reading(args.num_channels, args.background, args.tiff_pages, args.max_image_pixels)
     if account := describe_folder(args.dataset_name, args.folder_layout):
@@ -177,8 +216,8 @@ def check_and_print(args: Namespace) -> int:
     if args.all:
         for line in [*found.faults.values(), *found.notes.values()]:
             print(*map(printable, line), sep="\n")
-    print(*report(found, value_range), sep="\n")
-    return sum(map(len, found.faults.values()))
+    print(*report(found, reading, value_range), sep="\n")
+    return found.num_skipped + (found.num_floats if value_range is None else 0)
 
 
 def main() -> None:
