@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from datasets import Features
@@ -186,12 +186,15 @@ class EncodedImage:
         self.name = image_name(image) or self.name
         self.page = image.get("page")
         with self._named_errors():
-            content = image_content(image)
-            reader = _scientific_reader(content)
-            if reader is None:
-                self._open_pillow(content)
+            if reading.tiff_pages and _is_stack(image):  # of which only the pages that are wanted are read
+                self._open_scientific(_open_tiff, image["path"])
             else:
-                self._open_scientific(reader, content)
+                content = image_content(image)
+                reader = _scientific_reader(content)
+                if reader is None:
+                    self._open_pillow(content)
+                else:
+                    self._open_scientific(reader, content)
             self._check_size(self.width, self.height)
 
     def _check_size(self, width: int, height: int) -> None:
@@ -205,7 +208,7 @@ class EncodedImage:
             )
 
     def _open_pillow(self, content: bytes) -> None:
-        file = _open_any_size(content)
+        file = _open_any_size(io.BytesIO(content))
         self._check_size(*file.size)  # first, as looking for EXIF data decodes a PNG
         _refuse_reduced(file, content, self.name)
         reading, num_channels = self.reading, self.reading.num_channels
@@ -246,9 +249,9 @@ class EncodedImage:
 
         self._decode = decode
 
-    def _open_scientific(self, reader: Callable, content: bytes) -> None:
+    def _open_scientific(self, reader: Callable, source: bytes | str) -> None:
         try:
-            opened = reader(content, self)
+            opened = reader(source, self)
         except ImportError as error:
             raise _needs_scientific(self.name, error.name) from error
         channels, self.height, self.width = opened.shape
@@ -333,7 +336,7 @@ def _needs_scientific(name: str, module: str) -> BrokenImageError:
     )
 
 
-def _open_any_size(content: bytes, formats: tuple[str, ...] = ()) -> PillowImage.Image:
+def _open_any_size(file: BinaryIO, formats: tuple[str, ...] = ()) -> PillowImage.Image:
     """Open an image by Pillow, of any size: `max_image_pixels` is checked instead.
 
     `PIL.Image.open` warns of large images or refuses them, by a limit that the whole process shares and that therefore
@@ -342,12 +345,12 @@ def _open_any_size(content: bytes, formats: tuple[str, ...] = ()) -> PillowImage
     Raises:
         UnidentifiedImageError: no reader takes it; says why where the first bytes are of a known format.
     """
-    file, reason = io.BytesIO(content), ""
+    start, reason = file.read(16), ""
     for name in formats or PillowImage.ID:
         factory, accept = PillowImage.OPEN[name]
         accepted = False
         try:
-            accepted = not accept or accept(content[:16])
+            accepted = not accept or accept(start)
             if accepted and not isinstance(accepted, str):  # a string says which library is missing
                 file.seek(0)
                 return factory(file, "")
@@ -571,7 +574,7 @@ def _scientific_reader(content: bytes) -> Callable[[bytes, EncodedImage], _Opene
     if content.startswith((b"\x93NUMPY", b"PK\3\4")):
         return _open_array
     if content.startswith(_TIFF_STARTS):
-        return None if _is_pillows(content) else _open_tiff
+        return None if _is_pillows(io.BytesIO(content)) else _open_tiff
     if content.startswith(b"\x89PNG") and content[24:26] in (b"\x10\x02", b"\x10\x04", b"\x10\x06"):
         return _open_deep_png
     if content.startswith(_JPEG_2000_STARTS) and not _parse_jpeg2000(content).is_pillows:
@@ -579,12 +582,24 @@ def _scientific_reader(content: bytes) -> Callable[[bytes, EncodedImage], _Opene
     return None
 
 
-def _is_pillows(content: bytes) -> bool:
+def _is_stack(image: dict) -> bool:
+    """Return whether an image is a TIFF file that tifffile reads, by its path."""
+    if image["bytes"] is not None or not image["path"].lower().endswith((".tif", ".tiff")):
+        return False
+    try:
+        with open(image["path"], "rb") as file:
+            return file.read(4) in _TIFF_STARTS and not _is_pillows(file)
+    except OSError:
+        return False
+
+
+def _is_pillows(file: BinaryIO) -> bool:
     """Return whether Pillow reads all of a TIFF: one page of at most 8 bits a channel, gray, color or with alpha."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            file = _open_any_size(content, ("TIFF",))
+            file.seek(0)
+            file = _open_any_size(file, ("TIFF",))
             tags, num_pages = file.tag_v2, file.n_frames
         except Exception:  # of a TIFF that is damaged or unknown to Pillow
             return False
@@ -598,11 +613,30 @@ def _is_pillows(content: bytes) -> bool:
     return num_pages == 1 and is_plain and is_color and has_alpha and is_known
 
 
-def _open_tiff(content: bytes, image: EncodedImage) -> _Opened:
+def _open_tiff(source: bytes | str, image: EncodedImage) -> _Opened:
+    """A TIFF, by its content or path. A path is opened again when pixels are read, and then only the pages wanted."""
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of errors that are raised as well
-    file = tifffile.TiffFile(io.BytesIO(content))
+    file = tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+    try:
+        opened = _open_series(file, image)
+    finally:
+        if not isinstance(source, bytes):
+            file.filehandle.close()
+
+    def read() -> np.ndarray:
+        file.filehandle.open()
+        try:
+            return opened.read()
+        finally:
+            file.filehandle.close()
+
+    return opened if isinstance(source, bytes) else opened._replace(read=read)
+
+
+def _open_series(file, image: EncodedImage) -> _Opened:
+    """The images of a tifffile.TiffFile as one image, or the page of them that is wanted."""
     series = _image_series(file)
     if not series:
         raise ValueError("a TIFF without pages")
@@ -722,7 +756,7 @@ def _open_deep_png(content: bytes, image: EncodedImage) -> _Opened:
     """A PNG of 16 bits in color or with alpha; one of its colors may be transparent."""
     from imagecodecs import png_decode
 
-    file = _open_any_size(content, ("PNG",))
+    file = _open_any_size(io.BytesIO(content), ("PNG",))
     orientation = file.getexif().get(ExifTags.Base.Orientation) if "exif" in file.info else None
     (width, height), kind = file.size, content[25]
     has_alpha = kind != 2 or "transparency" in file.info

@@ -20,6 +20,7 @@ from datasets import Array2D, Array3D, Dataset, Features
 from PIL import Image, ImageCms
 from transformers import ViTImageProcessorPil
 
+from evaluation import decoding
 from evaluation.decoding import BrokenImageError, EncodedImage, Reading, count_pages, decode_8_bits, decode_image
 from evaluation.images import load_images
 from evaluation.models import to_pixel_values
@@ -1035,3 +1036,15 @@ def test_training_on_floats_without_a_range_is_one_line(recipe, tmp_path):  # no
     assert finished.returncode != 0
     errors = [line for line in finished.stderr.splitlines() if "error" in line]
     assert len(errors) == 1 and "Give --value_range LOW HIGH" in errors[0]
+
+
+@pytest.mark.parametrize("pages", ["images", "first", "channels"])
+def test_stack_in_a_file_is_not_read_whole_for_a_page(tmp_path, monkeypatch, pages):
+    stack = np.random.default_rng(0).integers(0, 2**16, (6, 20, 30), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "stack.tif", stack, photometric="minisblack")
+    monkeypatch.setattr(decoding, "image_content", None)  # would be called
+    image = {"path": str(tmp_path / "stack.tif"), "bytes": None, "page": 4}
+    expected = {"images": stack[4:5], "first": stack[:1], "channels": stack}[pages]
+    encoded = EncodedImage(image, Reading(len(expected), tiff_pages=pages))
+    np.testing.assert_array_equal(encoded.decode(), expected)
+    np.testing.assert_array_equal(encoded.decode(), expected)  # the file was closed in between
