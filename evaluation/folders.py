@@ -5,7 +5,6 @@ beside them are splits of their own name. Labels are the names of the folders th
 """
 
 import hashlib
-import logging
 import os
 import re
 import warnings
@@ -41,8 +40,6 @@ LAYOUTS = ("auto", "splits", "classes")
 MAX_UNREAD = 0.1  # share of a folder's image files that may stay unread without --allow_unread
 _SPLIT_WORDS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 _HELD_OUT = ("validation", "test")
-
-logger = logging.getLogger(__name__)
 
 
 class File(NamedTuple):

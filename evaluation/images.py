@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from tarfile import ReadError
@@ -46,6 +47,8 @@ from .folders import IMAGE_SUFFIXES, MAX_UNREAD, File, ImageFolder, is_of_tables
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _FOLDER_BUILDERS = FILE_BUILDERS | {".zip": "imagefolder"}
 _PATH_COLUMNS = ("image", "img", "file_name", "path")  # names of columns that may hold paths of images
+logger = logging.getLogger(__name__)
+
 _NUM_STREAM_SHARDS = 64  # of a folder that is streamed
 _NUM_MEMBERS = 10_000  # of tars whose names are read before the rest
 
@@ -89,6 +92,7 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
+@cache  # of both splits that a command loads, the same is said once
 def _warn(text: str) -> None:
     if PartialState().is_main_process:
         warnings.warn(text)
@@ -387,8 +391,6 @@ def load_images(
     with _errors_named(dataset_name):
         folder = _image_folder(dataset_name, folder_layout, tiff_pages)
         if folder:
-            for line in folder.warnings():
-                _warn(line)
             folder.check(allow_unread)
         splits = folder.splits if folder else _load(dataset_name, config_name, streaming)
         if split not in splits:
@@ -398,6 +400,10 @@ def load_images(
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), _NUM_STREAM_SHARDS))
         if dataset.features is None:
             dataset = dataset._resolve_features()
+    if folder:
+        logger.info(folder.account())
+        for line in folder.warnings():
+            _warn(line)
     try:
         image_column = _find_image_column(dataset.features, image_column)
         label_column = _find_label_column(dataset.features, label_column) if with_labels else None
