@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -60,6 +60,7 @@ class Listing:
         archives: Other archives.
         metadata: Files of metadata, such as metadata.csv.
         others: Ending -> number of all other files.
+        repeated: Folders that a link leads to and that are read twice.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Listing:
     archives: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)
+    repeated: list[str] = field(default_factory=list)
 
     def files(self, names: list[str]) -> list[File]:
         """Return sizes and modification times of some of the files; both are 0 for files that have disappeared."""
@@ -101,7 +103,7 @@ def list_folder(path: Path) -> Listing:
         is_image = suffix in IMAGE_SUFFIXES
         if not _is(entry.is_file):
             if is_image:
-                kind = "links to nothing" if entry.is_symlink() else "pipes, sockets or devices"
+                kind = "broken links" if entry.is_symlink() else "pipes, sockets or devices"
                 listing.unread[kind].append(name)
         elif not _is_utf8(name):
             if is_image or suffix in TABLE_SUFFIXES:
@@ -155,7 +157,7 @@ def _walk(path: Path, listing: Listing) -> Iterator[tuple[str, os.DirEntry]]:
 
     Only links cost a call of `stat`.
     """
-    pending = [("", os.fspath(path), ())]
+    pending, seen = [("", os.fspath(path), ())], set()
     while pending:
         prefix, folder, above = pending.pop()
         try:
@@ -170,6 +172,9 @@ def _walk(path: Path, listing: Listing) -> Iterator[tuple[str, os.DirEntry]]:
         identity = status.st_dev, status.st_ino
         if identity in above:
             continue
+        if identity in seen:
+            listing.repeated.append(prefix)
+        seen.add(identity)
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -283,6 +288,12 @@ def _check_held_out(path: Path, folders: list[str], advice: str) -> None:
         )
 
 
+def _count(things: Collection, name: str) -> str:
+    """Return "1 table", or "2 tables"."""
+    ending = "" if len(things) == 1 else "es" if name.endswith("s") else "s"
+    return f"{len(things):,} {name}{ending}"
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -362,10 +373,12 @@ class ImageFolder:
 
     def _classes(self, split: str) -> str:
         if split not in self.labels:
-            is_labeled = self.metadata is not None and "label" in self.metadata
-            return "labels of metadata" if is_labeled else "no labels"
+            if self.metadata is not None and "label" in self.metadata:
+                return "labels of metadata"
+            is_flat = len({_folder_of(name) for name in self.splits[split]}) == 1
+            return "no labels: " + ("all in one folder" if is_flat else "fewer than two classes")
         missing = self.labels[split].count(None)
-        return f"{len(set(self.labels[split]) - {None}):,} classes" + f", {missing:,} without" * bool(missing)
+        return _count(set(self.labels[split]) - {None}, "class") + f", {missing:,} without" * bool(missing)
 
     @property
     def num_unread(self) -> int:
@@ -375,12 +388,17 @@ class ImageFolder:
         """Return a line for each reason why image files are not read, and for what else is not as it seems."""
         path = self.listing.path
         lines = [
-            f"{path}: {len(names):,} image files are not read: {reason}, such as {printable(names[0])}"
+            f"{path}: skipped {_count(names, 'image file')}: {reason}, such as {printable(names[0])}"
             for reason, names in self.listing.unread.items()
         ]
-        for kind, advice in (("archives", "Unpack them to read their images"), ("tables", "Give their path instead")):
-            if names := getattr(self.listing, kind):
-                lines.append(f"{path}: {len(names):,} {kind} are not read, such as {printable(names[0])}. {advice}.")
+        for kind, names, advice in (
+            ("archive", self.listing.archives, "Unpack archives to read their images"),
+            ("table", self.listing.tables, "Give the path of a table to read it"),
+            ("second link", self.listing.repeated, "The images in a folder with two names are read twice"),
+        ):
+            if names:
+                verb = "followed" if kind == "second link" else "skipped"
+                lines.append(f"{path}: {verb} {_count(names, kind)}, such as {printable(names[0])}. {advice}.")
         return lines + self.remarks
 
     def check(self, allow_unread: bool = False) -> None:
@@ -393,17 +411,18 @@ class ImageFolder:
         if self.num_unread > MAX_UNREAD * num_found and not allow_unread:
             reason, names = max(self.listing.unread.items(), key=lambda item: len(item[1]))
             raise ValueError(
-                f"{self.num_unread:,} of the {num_found:,} image files in {self.listing.path} are not read: {reason}, "
-                f"such as {printable(names[0])}. Give --allow_unread to skip them."
+                f"{self.listing.path}: {self.num_unread:,} of {num_found:,} image files cannot be read, more than a "
+                f"tenth: {reason}, such as {printable(names[0])}. Give --allow_unread to skip them."
             )
         if not self.listing.tables or allow_unread:
             return
         tables = image_tables(self.listing)
         in_tables, in_files = map(self.listing.num_bytes, (tables, self.listing.images))
         if in_tables > MAX_UNREAD * (in_tables + in_files):
+            num_images, num_tables = _count(self.listing.images, "image file"), _count(tables, "table")
             raise ValueError(
-                f"{self.listing.path} has {len(self.listing.images):,} image files beside {len(tables):,} tables of "
-                f"images, such as {printable(tables[0])}. Give the path of either, or --allow_unread to skip tables."
+                f"{self.listing.path} has {num_images} beside {num_tables} of images, such as {printable(tables[0])}. "
+                "Give the path of either, or --allow_unread to skip tables."
             )
 
 
@@ -475,7 +494,9 @@ def read_folder(
     labels = {split: names for split, names in labels.items() if any(name is not None for name in names)}
     for split, names in labels.items():
         if missing := names.count(None):
-            remarks.append(f"{path}: {missing:,} images of {split} lie in no folder of a class and have no label")
+            remarks.append(
+                f"{path}: no label for {missing:,} of {len(names):,} images of {split}, beside class folders"
+            )
     return ImageFolder(listing, splits, labels, class_names if labels else [], metadata, remarks, tiff_pages)
 
 
@@ -517,7 +538,7 @@ def _join_metadata(listing: Listing, splits: dict[str, list[str]], remarks: list
         if num_named < len(near):
             remarks.append(f"{path} names {num_named:,} of {len(near):,} images; the others are read without it")
         if num_missing:
-            remarks.append(f"{path} names {num_missing:,} images that are not there")
+            remarks.append(f"{path} names images that do not exist: {num_missing:,}")
         tables.append(table)
     if not tables:
         return None

@@ -80,10 +80,8 @@ def _image_folder(dataset_name: str, layout: str, tiff_pages: str | None) -> Ima
             "datasets library cannot read them. Rename them, as convmv does."
         )
     if listing.images:
-        _warn(
-            f"{path}: {len(listing.images):,} image files beside tables are not read, such as "
-            f"{printable(listing.images[0])}"
-        )
+        example = printable(listing.images[0])
+        _warn(f"{path}: skipped {len(listing.images):,} image files beside tables, such as {example}")
     return None
 
 
@@ -471,7 +469,7 @@ def _check_missing(
     """Warn of rows without an image; of a stream, only tars on the disk tell of them.
 
     Raises:
-        ValueError: over a tenth of the rows, unless `allow_unread`.
+        ValueError: over a tenth of the rows of tars, whose images have other endings, unless `allow_unread`.
     """
     num_missing, num_rows, endings = _count_other_members(dataset_name, split, column)
     if isinstance(dataset, Dataset):
@@ -481,7 +479,7 @@ def _check_missing(
     text = f"{dataset_name}: {num_missing:,} of {num_rows:,} rows of {split} have no image in column {column}"
     if endings:
         text += f"; images of other endings: {', '.join(f'{number:,} .{name}' for name, number in endings.items())}"
-    if num_missing > MAX_UNREAD * num_rows and not allow_unread:
+    if endings and num_missing > MAX_UNREAD * num_rows and not allow_unread:
         raise ValueError(f"{text}. Give --allow_unread to skip these rows.")
     _warn(text)
 
