@@ -167,7 +167,7 @@ def _walk(path: Path, listing: Listing) -> Iterator[tuple[str, os.DirEntry]]:
         except OSError as error:
             if not prefix:
                 raise
-            listing.unread[f"folders that cannot be opened ({error.strerror})"].append(prefix)
+            listing.unread[f"cannot be opened ({error.strerror})"].append(prefix)
             continue
         identity = status.st_dev, status.st_ino
         if identity in above:
@@ -388,7 +388,8 @@ class ImageFolder:
         """Return a line for each reason why image files are not read, and for what else is not as it seems."""
         path = self.listing.path
         lines = [
-            f"{path}: skipped {_count(names, 'image file')}: {reason}, such as {printable(names[0])}"
+            f"{path}: skipped {_count(names, 'folder' if names[0].endswith('/') else 'image file')}: {reason}, such as "
+            f"{printable(names[0])}"
             for reason, names in self.listing.unread.items()
         ]
         for kind, names, advice in (
