@@ -387,11 +387,10 @@ class ImageFolder:
     def warnings(self) -> list[str]:
         """Return a line for each reason why image files are not read, and for what else is not as it seems."""
         path = self.listing.path
-        lines = [
-            f"{path}: skipped {_count(names, 'folder' if names[0].endswith('/') else 'image file')}: {reason}, such as "
-            f"{printable(names[0])}"
-            for reason, names in self.listing.unread.items()
-        ]
+        lines = []
+        for reason, names in self.listing.unread.items():
+            number = _count(names, "folder" if names[0].endswith("/") else "image file")
+            lines.append(f"{path}: skipped {number}: {reason}, such as {printable(names[0])}")
         for kind, names, advice in (
             ("archive", self.listing.archives, "Unpack archives to read their images"),
             ("table", self.listing.tables, "Give the path of a table to read it"),
