@@ -11,12 +11,17 @@ import pickle
 import re
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from tarfile import ReadError
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import (
     Dataset,
@@ -26,20 +31,26 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Array2D, Array3D, ClassLabel, LargeList, List, Value
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.packaged_modules.webdataset.webdataset import WebDataset, base_plus_ext
 from datasets.utils.file_utils import CONNECTION_ERRORS_TO_RETRY
 
 from modeling_dino.command_line import check_files, one_line, printable
 
-from .folders import File, ImageFolder, list_folder, read_folder, split_word
+from .folders import IMAGE_SUFFIXES, MAX_UNREAD, File, ImageFolder, is_of_tables, list_folder, read_folder, split_word
 
 
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+_FOLDER_BUILDERS = FILE_BUILDERS | {".zip": "imagefolder"}
+_PATH_COLUMNS = ("image", "img", "file_name", "path")  # names of columns that may hold paths of images
+logger = logging.getLogger(__name__)
+
 _NUM_STREAM_SHARDS = 64  # of a folder that is streamed
+_NUM_MEMBERS = 10_000  # of tars whose names are read before the rest
 
 
 def _refuse_pickle(content: bytes) -> None:
@@ -61,19 +72,17 @@ def _image_folder(dataset_name: str, layout: str, tiff_pages: str | None) -> Ima
     if not path.is_dir() or _is_saved(path):
         return None
     listing = list_folder(path)
-    has_zip = any(file.name.lower().endswith(".zip") for file in listing.archives)
-    if listing.tables or (has_zip and not listing.images):
-        odd = listing.unread.get("names that are not UTF-8")
-        if odd:
-            raise ValueError(
-                f"the names of {len(odd)} files in {dataset_name} are not UTF-8, such as {printable(odd[0])}. The "
-                "datasets library cannot read them. Rename them, as convmv does."
-            )
-        if listing.images:
-            _warn(f"{path}: {len(listing.images):,} image files beside tables are not read, such as "
-                  f"{printable(listing.images[0].name)}")  # fmt: skip
-        return None
-    return read_folder(path, layout, tiff_pages, listing)
+    if not is_of_tables(listing):
+        return read_folder(path, layout, tiff_pages, listing)
+    if odd := listing.unread.get("names that are not UTF-8"):
+        raise ValueError(
+            f"the names of {len(odd)} files in {dataset_name} are not UTF-8, such as {printable(odd[0])}. The "
+            "datasets library cannot read them. Rename them, as convmv does."
+        )
+    if listing.images:
+        example = printable(listing.images[0])
+        _warn(f"{path}: skipped {len(listing.images):,} image files beside tables, such as {example}")
+    return None
 
 
 def _is_saved(path: Path) -> bool:
@@ -81,6 +90,7 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
+@cache  # of both splits that a command loads, the same is said once
 def _warn(text: str) -> None:
     if PartialState().is_main_process:
         warnings.warn(text)
@@ -118,10 +128,19 @@ def _load(dataset_name: str, config_name: str | None, streaming: bool, **options
             return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
         return saved
     try:
-        if _no_pattern(path) == str(path):
+        files = _table_files(path)
+        suffixes = {file.suffix.lower() for of_split in files.values() for file in of_split}
+        if suffixes == {".zip"}:
+            _warn(
+                f"{path}: images in zips are read without labels. Unpack them to have the names of folders as labels."
+            )
+            options |= {"drop_labels": True}  # the datasets library fails on those of folders in a zip
+        elif _no_pattern(path) == str(path):
             return load_dataset(str(path), config_name, streaming=streaming, **options)
-        builder, files = _table_files(path)
-        return load_dataset(builder, data_files=files, streaming=streaming, **options)
+        if len(suffixes) > 1:
+            raise ValueError(f"{path} has files of several kinds: {', '.join(sorted(suffixes))}. Keep one kind in it.")
+        data_files = {split: list(map(_no_pattern, of_split)) for split, of_split in files.items()}
+        return load_dataset(_FOLDER_BUILDERS[suffixes.pop()], data_files=data_files, streaming=streaming, **options)
     except DataFilesNotFoundError as error:
         raise ValueError(f"no data files in {dataset_name}: {error}") from error
 
@@ -139,18 +158,24 @@ def _no_pattern(path: Path) -> str:
     return glob.escape(str(path))
 
 
-def _table_files(path: Path) -> tuple[str, dict[str, list[str]]]:
-    """Builder and files of each split of a folder whose path itself looks like a pattern."""
-    files = [path / file.name for file in list_folder(path).tables]
-    suffixes = {file.suffix.lower() for file in files}
-    if len(suffixes) != 1:
-        raise ValueError(f"{path} has files of several kinds ({', '.join(sorted(suffixes))}). Keep one kind in it.")
-    splits = {}
-    for file in files:
-        words = re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
+def _table_files(path: Path) -> dict[str, list[Path]]:
+    """Return the tables, or else zips, of each split of a folder, by words in their names."""
+    listing, splits = list_folder(path), {}
+    for name in listing.tables or [name for name in listing.archives if name.lower().endswith(".zip")]:
+        words = re.split(r"[^a-z]+", name.lower())
         split = next(filter(None, map(split_word, words)), "train")
-        splits.setdefault(split, []).append(_no_pattern(file))
-    return FILE_BUILDERS[suffixes.pop()], splits
+        splits.setdefault(split, []).append(path / name)
+    return splits
+
+
+def _parquet_files(dataset_name: str, config_name: str | None, split: str) -> list[Path]:
+    """Return the Parquet files of a split, as the datasets library assigns them where the path is not a pattern."""
+    path = Path(dataset_name).expanduser()
+    if not path.is_dir():
+        return [path]
+    if _no_pattern(path) != str(path):
+        return _table_files(path)[split]
+    return list(map(Path, load_dataset_builder(str(path), config_name).config.data_files[split]))
 
 
 def _pickled_member(dataset_name: str) -> str:
@@ -185,9 +210,62 @@ def _errors_named(dataset_name: str) -> Iterator[None]:
                 "and are not read. Leave them out of the tar."
             ) from error
         kind = "" if isinstance(cause, (ValueError, OSError, ReadError)) else f"{type(cause).__name__}: "
-        raise ValueError(f"{dataset_name} cannot be read: {kind}{one_line(cause)}") from error
+        reason = _unlike_files(dataset_name, str(cause)) or kind + one_line(cause)
+        raise ValueError(f"{dataset_name} cannot be read: {reason}") from error
     finally:
         logger.setLevel(level)
+
+
+def _unlike_files(dataset_name: str, message: str) -> str | None:
+    """Return in words which file of a folder is unlike the others, if a library's message says that some is."""
+    path = Path(dataset_name).expanduser()
+    if not re.search("cast|column names|parse string|share the same prefix", message) or not path.exists():
+        return None
+    splits = _table_files(path) if path.is_dir() else {"train": [path]}
+    files = sorted(file for of_split in splits.values() for file in of_split)
+    if all(file.suffix.lower() == ".parquet" for file in files):
+        return _unlike_columns(files)
+    endings = _count_other_members(dataset_name, None, "")[2]
+    listed = ", ".join(f"{number:,} .{printable(ending)}" for ending, number in endings.items())
+    return f"tars mix images of several endings: {listed}. Rename to one ending" if len(endings) > 1 else None
+
+
+def _unlike_columns(files: list[Path], columns: Collection[str] | None = None) -> str | None:
+    """Return which Parquet file holds other columns than the first, in words; None if none does.
+
+    Args:
+        files: The files.
+        columns: Those that all must hold, in about the same type. Default: all columns must be the same.
+    """
+    first = None
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError):
+            return None  # which another error says
+        held = {name: str(type_) for name, type_ in zip(schema.names, schema.types)}
+        first = first or held
+        if columns is None:
+            is_unlike = held != first
+        else:
+            is_unlike = any(_kind_of_type(held.get(name)) != _kind_of_type(first.get(name)) for name in columns)
+        if is_unlike:
+            return (
+                f"{printable(file.name)} has the columns {_describe(held, first)}, and {printable(files[0].name)} "
+                f"{_describe(first, held)}. Give all files the same columns, or move one away"
+            )
+    return None
+
+
+def _kind_of_type(name: str | None) -> str | None:
+    """Return an Arrow type without its size: numbers are numbers."""
+    name = name and re.sub(r"large_|\d+|[<(\[].*", "", name)
+    return "number" if name in ("int", "uint", "float", "double", "halffloat", "bool") else name
+
+
+def _describe(held: dict[str, str], other: dict[str, str]) -> str:
+    """Columns by name, and their type where the other has another."""
+    return ", ".join(name if other.get(name) in (None, kind) else f"{name} ({kind})" for name, kind in held.items())
 
 
 def split_names(
@@ -207,9 +285,9 @@ def local_files(dataset_name: str, split: str, folder_layout: str = "auto") -> l
         return [File("", status.st_size, int(status.st_mtime))]
     folder = _image_folder(dataset_name, folder_layout, None)
     if folder:
-        return folder.splits.get(split, [])
+        return folder.listing.files(folder.splits.get(split, []))
     listing = list_folder(path)
-    return sorted(listing.tables + listing.archives)
+    return listing.files(sorted(listing.tables + listing.archives))
 
 
 def describe_folder(dataset_name: str, folder_layout: str = "auto") -> str | None:
@@ -223,32 +301,35 @@ def _find_image_column(features: Features, image_column: str | None) -> str:
     if image_column is not None:
         if image_column not in features:
             raise ValueError(f"there is no column {image_column} (--image_column); the columns are {columns}")
-        if not _holds_images(features[image_column], is_named=True):
+        if _stored_as(features[image_column]) is None:
             raise ValueError(f"column {image_column} holds no images but {features[image_column]}")
         return image_column
-    candidates = [name for name, feature in features.items() if _holds_images(feature, is_named=False)]
-    if not candidates:
-        candidates = [
-            name for name in ("image", "img", "file_name", "path") if _holds_images(features.get(name), True)
-        ]
-    if not candidates:
-        raise ValueError(f"the dataset has no image column; the columns are {columns}. Name it by --image_column.")
-    if len(candidates) > 1:
-        raise ValueError(f"the dataset has several image columns, choose with --image_column: {', '.join(candidates)}")
-    return candidates[0]
+    kinds = {name: _stored_as(feature) for name, feature in features.items()}
+    for kind in ("images", "bytes"):
+        candidates = [name for name in kinds if kinds[name] == kind]
+        if len(candidates) > 1:
+            raise ValueError(
+                f"the dataset has several image columns, choose with --image_column: {', '.join(candidates)}"
+            )
+        if candidates:
+            return candidates[0]
+    for name in _PATH_COLUMNS:
+        if kinds.get(name) == "paths":
+            return name
+    raise ValueError(f"the dataset has no image column; the columns are {columns}. Name it by --image_column.")
 
 
-def _holds_images(feature, is_named: bool) -> bool:
-    """Return whether a column holds images: files, arrays, or lists of files; if it is named, paths and bytes, too."""
+def _stored_as(feature) -> str | None:
+    """Return how a column stores images, one or a list a row: as `images`, `bytes` or `paths`; None if not at all."""
     if isinstance(feature, (List, LargeList)):
         feature = feature.feature
     if isinstance(feature, (Image, Array2D, Array3D)):
-        return True
+        return "images"
     if isinstance(feature, dict):
-        return set(feature) >= {"bytes", "path"}
-    if isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"):
-        return True
-    return is_named and isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        return "bytes" if set(feature) >= {"bytes", "path"} else None
+    if not isinstance(feature, Value):
+        return None
+    return {"binary": "bytes", "large_binary": "bytes", "string": "paths", "large_string": "paths"}.get(feature.dtype)
 
 
 def _find_label_column(features: Features, label_column: str | None) -> str | None:
@@ -308,8 +389,6 @@ def load_images(
     with _errors_named(dataset_name):
         folder = _image_folder(dataset_name, folder_layout, tiff_pages)
         if folder:
-            for line in folder.warnings():
-                _warn(line)
             folder.check(allow_unread)
         splits = folder.splits if folder else _load(dataset_name, config_name, streaming)
         if split not in splits:
@@ -319,6 +398,10 @@ def load_images(
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), _NUM_STREAM_SHARDS))
         if dataset.features is None:
             dataset = dataset._resolve_features()
+    if folder:
+        logger.info(folder.account())
+        for line in folder.warnings():
+            _warn(line)
     try:
         image_column = _find_image_column(dataset.features, image_column)
         label_column = _find_label_column(dataset.features, label_column) if with_labels else None
@@ -326,32 +409,107 @@ def load_images(
         raise ValueError(f"{dataset_name}: {error}") from None
     chosen = {image_column: "image"} | ({} if label_column is None else {label_column: "label"})
     if streaming and dataset.info.builder_name == "parquet":
+        if is_path(dataset_name) and (
+            reason := _unlike_columns(_parquet_files(dataset_name, config_name, split), chosen)
+        ):
+            raise ValueError(f"{dataset_name} cannot be read: {reason}")
         dataset = _load(dataset_name, config_name, streaming, columns=list(chosen))[split]
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
     with _errors_named(dataset_name):
         # first of all: what a stream does to its rows afterwards would decode each and encode it again
-        dataset = _encoded(dataset, image_column, Path(dataset_name).expanduser())
+        dataset = _encoded(dataset, image_column, Path(dataset_name).expanduser(), config_name, split)
         dataset = dataset.select_columns(list(chosen))
         renamed = {old: new for old, new in chosen.items() if old != new}
         dataset = dataset.rename_columns(renamed) if renamed else dataset
-        return _one_a_row(dataset) if isinstance(dataset.features["image"], (List, LargeList)) else dataset
+        dataset = _one_a_row(dataset) if isinstance(dataset.features["image"], (List, LargeList)) else dataset
+        _check_missing(dataset, dataset_name, split, image_column, allow_unread)
+    return dataset
 
 
-def _encoded(dataset: Dataset | IterableDataset, column: str, path: Path) -> Dataset | IterableDataset:
-    """The dataset with a column of files encoded, as bytes or paths. Arrays stay as they are."""
+def _encoded(
+    dataset: Dataset | IterableDataset, column: str, path: Path, config_name: str | None, split: str
+) -> Dataset | IterableDataset:
+    """Return the dataset with a column of files encoded, as bytes or paths. Arrays stay as they are."""
     feature = dataset.features[column]
-    if isinstance(feature, (List, LargeList)):
-        return dataset.cast_column(column, List(Image(decode=False)))
-    if isinstance(feature, (Array2D, Array3D)) or (isinstance(feature, dict) and "page" in feature):
+    inner = feature.feature if isinstance(feature, (List, LargeList)) else feature
+    if isinstance(inner, (Array2D, Array3D)) or (isinstance(inner, dict) and "page" in inner):
         return dataset
-    if isinstance(feature, Value) and "string" in feature.dtype:  # paths, relative to the table
-        folder = path if path.is_dir() else path.parent
-        dataset = dataset.map(_absolute, fn_kwargs={"column": column, "folder": str(folder)}, batched=True)
-    return dataset.cast_column(column, Image(decode=False))
+    is_without_bytes = isinstance(inner, dict) and inner["bytes"] == Value("null")
+    if is_without_bytes or _stored_as(inner) == "paths":  # relative to the table
+        folder = path.parent
+        if path.is_dir():
+            files = [] if _is_saved(path) else _parquet_files(str(path), config_name, split)
+            folders = {file.parent for file in files}
+            folder = folders.pop() if len(folders) == 1 else path
+        where = {"column": column, "folder": str(folder)}
+        files = {"bytes": Value("binary"), "path": Value("string")}
+        features = Features(dataset.features | {column: files if inner is feature else List(files)})
+        dataset = dataset.map(_locate, fn_kwargs=where, batched=True, features=features)
+    image = Image(decode=False)
+    return dataset.cast_column(column, image if inner is feature else List(image))
 
 
-def _absolute(rows: dict, column: str, folder: str) -> dict:
-    return {column: [name and os.path.join(folder, name) for name in rows[column]]}
+def _locate(rows: dict, column: str, folder: str) -> dict:
+    """Paths in a column, or lists of them, -> files as `Image` stores them."""
+
+    def file(image):
+        if image is None:
+            return None
+        if isinstance(image, list):
+            return [file(one) for one in image]
+        path = image["path"] if isinstance(image, dict) else image
+        return {"bytes": None, "path": path and os.path.join(folder, path)}
+
+    return {column: [file(image) for image in rows[column]]}
+
+
+def _check_missing(
+    dataset: Dataset | IterableDataset, dataset_name: str, split: str, column: str, allow_unread: bool
+) -> None:
+    """Warn of rows without an image; of a stream, only tars on the disk tell of them.
+
+    Raises:
+        ValueError: over a tenth of the rows of tars, whose images have other endings, unless `allow_unread`.
+    """
+    num_missing, num_rows, endings = _count_other_members(dataset_name, split, column)
+    if isinstance(dataset, Dataset):
+        num_missing, num_rows = dataset.data.column("image").null_count, len(dataset)
+    if not num_missing:
+        return
+    text = f"{dataset_name}: {num_missing:,} of {num_rows:,} rows of {split} have no image in column {column}"
+    if endings:
+        text += f"; images of other endings: {', '.join(f'{number:,} .{name}' for name, number in endings.items())}"
+    if endings and num_missing > MAX_UNREAD * num_rows and not allow_unread:
+        raise ValueError(f"{text}. Give --allow_unread to skip these rows.")
+    _warn(text)
+
+
+def _count_other_members(dataset_name: str, split: str | None, column: str) -> tuple[int, int, Counter]:
+    """Read the first names in the tars of a split, or of all, on the disk; some 10,000 in all, as each costs a seek.
+
+    Returns:
+        Samples without an image in the column, all samples, and ending -> images in the former.
+    """
+    path = Path(dataset_name).expanduser()
+    splits = _table_files(path) if path.is_dir() else {split: [path] if path.is_file() else []}
+    files = splits.get(split, []) if split else sum(splits.values(), [])
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
+    num_missing = num_samples = 0
+    endings = Counter()
+    for file in tars:
+        samples = defaultdict(set)
+        with tarfile.open(file) as tar:
+            for member in islice(tar, max(_NUM_MEMBERS // len(tars), 16)):
+                key, ending = base_plus_ext(member.name)
+                if key is not None and member.isfile():
+                    samples[key].add(ending)
+        without = [fields for fields in samples.values() if column not in fields]
+        endings.update(
+            field for fields in without for field in fields if f".{field.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+        )
+        num_samples += len(samples)
+        num_missing += len(without)
+    return num_missing, num_samples, endings
 
 
 def _one_a_row(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -362,9 +520,12 @@ def _one_a_row(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 def _unroll(rows: dict) -> dict:
     counts = [len(images or ()) for images in rows["image"]]
-    images = {"image": [image for images in rows["image"] for image in images or ()]}
-    others = {name: np.repeat(values, counts).tolist() for name, values in rows.items() if name != "image"}
-    return images | others
+    others = {
+        name: [value for value, count in zip(values, counts) for _ in range(count)]
+        for name, values in rows.items()
+        if name != "image"
+    }
+    return {"image": [image for images in rows["image"] for image in images or ()]} | others
 
 
 def content_of(hashes: np.ndarray) -> dict:

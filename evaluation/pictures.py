@@ -66,7 +66,7 @@ def find_images(given: Sequence[str]) -> list[dict]:
     paths = []
     for name in given:
         path = Path(name).expanduser()
-        found = [path / file.name for file in list_folder(path).images] if path.is_dir() else [path]
+        found = [path / name for name in list_folder(path).images] if path.is_dir() else [path]
         if not found:
             raise ValueError(f"there is no image in the folder {name}")
         paths += found

@@ -297,7 +297,7 @@ def test_file_name_that_is_not_utf8_is_named(recipe, flat_folder, tmp_path, out)
     (folder / "0.png").rename(os.fsdecode(bytes(folder) + b"/gr\xfcn\x1b[31m.png"))
     finished = command(*recipe(), "--dataset_name", folder, *out)
     assert finished.returncode == 0 and finished.stderr.count("\n") == 1, finished.stderr
-    assert r"1 image files are not read: names that are not UTF-8, such as gr\udcfcn\x1b[31m.png" in finished.stderr
+    assert r"skipped 1 image file: names that are not UTF-8, such as gr\udcfcn\x1b[31m.png" in finished.stderr
 
 
 def test_odd_names_of_files_that_are_not_read_do_not_matter(flat_folder, tmp_path):

@@ -83,7 +83,7 @@ class RunLog(MemoryHandler):
     @contextmanager
     def listening(self) -> Iterator["RunLog"]:
         """Within, everything is heard, and also what ends it; afterwards Python's logging is as it was."""
-        root, ours = logging.getLogger(), logging.getLogger("training")
+        root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("training", "evaluation")]
         handlers = [self, _Console(logging.WARNING)] if self.is_main else [self]
         libraries = [logging.getLogger(name) for name in TALKING_LIBRARIES]
         before = [(library, library.handlers, library.propagate) for library in libraries]
@@ -91,8 +91,9 @@ class RunLog(MemoryHandler):
             library.handlers, library.propagate = [], True
         for handler in handlers:
             root.addHandler(handler)
-        level = ours.level
-        ours.setLevel(logging.INFO)
+        levels = [part.level for part in ours]
+        for part in ours:
+            part.setLevel(logging.INFO)
         logging.captureWarnings(True)
         formatted, warnings.formatwarning = warnings.formatwarning, _one_line_warning
         try:
@@ -103,7 +104,8 @@ class RunLog(MemoryHandler):
         finally:
             logging.captureWarnings(False)
             warnings.formatwarning = formatted
-            ours.setLevel(level)
+            for part, level in zip(ours, levels):
+                part.setLevel(level)
             for handler in handlers:
                 root.removeHandler(handler)
             for library, its_handlers, propagate in before:
