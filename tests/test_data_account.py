@@ -30,8 +30,8 @@ def photos(tmp_path):
 
 
 ACCOUNT = (
-    "40 image files found, 40 read (train 16, 2 classes; validation 16, 2 classes; unlabeled 8, no labels); "
-    "other files: 1 .txt\n"
+    "40 image files found, 40 read (train 16, 2 classes; validation 16, 2 classes; unlabeled 8, no labels: "
+    "all in one folder); other files: 1 .txt\n"
 )
 
 
