@@ -56,7 +56,9 @@ def add_reading(parser: Parser) -> None:
         "Default: by their names",
     )
     parser.add_argument(
-        "--allow_unread", action="store_true", help="go on where over a tenth of a folder's image files is not read"
+        "--allow_unread",
+        action="store_true",
+        help="continue if more than a tenth of a folder's image files is not read",
     )
     parser.add_argument(
         "--tiff_pages",

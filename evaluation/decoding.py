@@ -35,7 +35,8 @@ with suppress(ImportError):
     register_heif_opener()
 
 PillowImage.init()  # all of its readers
-_NOT_DECODED = {"MPEG", "HDF5", "GRIB", "BUFR", "WMF"}  # formats that Pillow only identifies
+# formats that Pillow only identifies, and PostScript, which is a program that Ghostscript runs
+_NOT_DECODED = {"MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS"}
 ARRAY_SUFFIXES = (".npy", ".npz")
 HEIF_SUFFIXES = (".heic", ".heif")  # of pillow-heif
 IMAGE_SUFFIXES = (
@@ -124,8 +125,10 @@ class BrokenImageError(ValueError):
 
 
 def pixel_hash(pixels: np.ndarray) -> int:
-    """64 bits, signed, that are equal for images of equal pixels, whatever files they come from."""
-    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little", signed=True)
+    """64 bits, signed, that are equal for images of equal size and pixels, whatever files they come from."""
+    digest = hashlib.blake2b(repr((pixels.shape, pixels.dtype.str)).encode(), digest_size=8)
+    digest.update(pixels.tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def image_name(image) -> str | None:
@@ -214,7 +217,9 @@ class EncodedImage:
         reading, num_channels = self.reading, self.reading.num_channels
         self.is_jpeg = file.format == "JPEG"
         is_on_its_side = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        self.width, self.height = file.size[::-1] if is_on_its_side else file.size
+        # of a TIFF, new Pillows give the upright size
+        size = (file.tag_v2[256], file.tag_v2[257]) if file.format == "TIFF" else file.size
+        self.width, self.height = size[::-1] if is_on_its_side else size
         self.notes = _notes(file, content)
         is_deep = file.mode[0] in "IF"
         transparent = file.info.get("transparency") if is_deep else None  # the value of a gray PNG that is
@@ -289,8 +294,8 @@ class EncodedImage:
         return BrokenImageError(
             self.name,
             "other channels",
-            f"has {channels} channels, and the model takes {self.reading.num_channels}. Train with "
-            f"--config_overrides num_channels={channels}",
+            f"has {channels} channel{'s' * (channels > 1)}, and the model takes {self.reading.num_channels}. A model "
+            f"with --config_overrides num_channels={channels} takes it",
             channels,
         )
 
@@ -346,7 +351,7 @@ def _open_any_size(file: BinaryIO, formats: tuple[str, ...] = ()) -> PillowImage
         UnidentifiedImageError: no reader takes it; says why where the first bytes are of a known format.
     """
     start, reason = file.read(16), ""
-    for name in formats or PillowImage.ID:
+    for name in formats or [name for name in PillowImage.ID if name not in _NOT_DECODED]:
         factory, accept = PillowImage.OPEN[name]
         accepted = False
         try:
@@ -739,7 +744,7 @@ def count_pages(content_or_path: bytes | str) -> int:
     try:
         with tifffile.TiffFile(source) as file:
             return max(1, sum(map(_pages_of, _image_series(file))))
-    except Exception:  # of a file that is damaged, which is told when it is read
+    except Exception:  # of a damaged file, which is reported when it is read
         return 1
 
 

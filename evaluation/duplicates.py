@@ -32,6 +32,7 @@ from .features import (
     images_of,
     kept_splits,
     load_model_of,
+    reading_settings,
     splits_of,
 )
 from .models import reading_of, to_values
@@ -259,7 +260,7 @@ def draw_pairs(
 
 def _short(name: str) -> str:
     """The end of a file's name, which is where names differ."""
-    name = printable(name.rpartition("/")[2] or name)
+    name = printable("/".join(name.split("/")[-2:]))
     return name if len(name) <= 24 else "…" + name[-23:]
 
 
@@ -274,6 +275,7 @@ def _open_images(args: Namespace, part: Features) -> Dataset:
     column = args.image_column or data["image_column"]
     try:
         given = {"dataset_name": name, "dataset_config_name": config, "image_column": column}
+        given |= reading_settings(part)
         dataset = images_of(Namespace(**vars(args) | given), data["split"], with_labels=False)
     except ValueError as error:
         raise ValueError(f"{error}. Give --dataset_name, or --num_pairs 0 for no picture.") from error

@@ -128,6 +128,8 @@ class _DecodableImages:
             try:
                 self.collate([row])
             except BrokenImageError as error:
+                if error.kind in ("needs scientific", "unreadable"):  # which may change
+                    raise
                 failed[position] = image_name(row["image"]), error.reason
         decodable = [row for position, row in enumerate(rows) if position not in failed]
         return (self.collate(decodable) if decodable else None), failed
@@ -221,7 +223,12 @@ def images_of(args: Namespace, split: str, with_labels: bool = True) -> Dataset 
 @lru_cache
 def _say_account(account: str) -> None:
     if account and PartialState().is_main_process:
-        print(printable(account), file=sys.stderr)
+        print(account, file=sys.stderr)
+
+
+def reading_settings(features: Features) -> dict:
+    """How the images of features were read, as far as it is not the default."""
+    return {name: value for name, value in features.data.items() if name in READING}
 
 
 def splits_of(args: Namespace) -> list[str]:
@@ -484,7 +491,8 @@ def _warn_of_failed(manifest: dict) -> None:
         num_images = manifest["num_images"] + len(failed)
         warnings.warn(
             f"{len(failed)} of the {num_images} images of split {data['split']} of {data['name']} cannot be decoded "
-            f"and are skipped, such as {printable(failed[0]['name'])}"
+            f"and are skipped, such as {printable(failed[0]['name'])}: {printable(failed[0]['reason'])}. When they "
+            "are repaired, give --overwrite."
         )
 
 
@@ -538,7 +546,12 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
         features = read_features(Path(args.features) / f"{split}.parquet")
     else:
         features = _new_features(args, split, no_labels if with_labels else None)
-    return labelled(features, split) if with_labels else features
+    if with_labels:
+        return labelled(features, split)
+    if any(isinstance(label, (list, np.ndarray)) for label in features.labels):
+        features.labels = np.full(len(features), None)
+    features.labels = plain_labels(features.labels, features.class_names)
+    return features
 
 
 def labelled(features: Features, split: str, like: Features | None = None) -> Features:

@@ -24,7 +24,7 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.table import InMemoryTable
 from PIL import Image as PillowImage
 
-from modeling_dino.command_line import printable
+from modeling_dino.command_line import one_line, printable
 
 from . import decoding
 from .decoding import HEIF_SUFFIXES, count_pages
@@ -369,7 +369,7 @@ class ImageFolder:
         if self.listing.others:
             listed = ", ".join(f"{number:,} {suffix}" for suffix, number in self.listing.others.most_common(4))
             text += f"; other files: {listed}" + ", ..." * (len(self.listing.others) > 4)
-        return text
+        return printable(text)
 
     def _classes(self, split: str) -> str:
         if split not in self.labels:
@@ -426,12 +426,8 @@ class ImageFolder:
             )
 
 
-def _read_metadata(path: Path, name: str) -> pd.DataFrame | None:
-    """Return metadata by the image's name relative to the dataset's folder; None for a table without file names.
-
-    Raises:
-        ValueError: a file that cannot be read; names it.
-    """
+def _read_metadata(path: Path, name: str) -> pd.DataFrame | str:
+    """Return metadata by the image's name relative to the dataset's folder, or why a file is not used."""
     readers = {
         ".csv": lambda file: pd.read_csv(file, dtype={"file_name": str}),
         ".jsonl": lambda file: pd.read_json(file, lines=True, dtype={"file_name": str}),
@@ -440,11 +436,10 @@ def _read_metadata(path: Path, name: str) -> pd.DataFrame | None:
     try:
         table = readers[path.suffix](path)
     except Exception as error:  # of pandas' parsers, which raise many kinds
-        raise ValueError(
-            f"{path} cannot be read: {str(error).strip().splitlines()[0]}. Repair or rename it."
-        ) from error
+        return f"{path} cannot be read and is not used: {one_line(error)}"
     if "file_name" not in table.columns:
-        return None
+        columns = printable(_some(list(map(str, table.columns))))
+        return f"{path} has no column file_name and is not used; its columns are {columns}"
     table, folder = table.dropna(subset="file_name"), os.path.dirname(name)
     names = [os.path.normpath(os.path.join(folder, str(file))) for file in table["file_name"]]
     return table.drop(columns=["file_name", "image"], errors="ignore").set_index(pd.Index(names))
@@ -530,8 +525,8 @@ def _join_metadata(listing: Listing, splits: dict[str, list[str]], remarks: list
     images, tables = {name for names in splits.values() for name in names}, []
     for name in listing.metadata:
         path, table = listing.path / name, _read_metadata(listing.path / name, name)
-        if table is None:
-            remarks.append(f"{path} has no column file_name and is not used")
+        if isinstance(table, str):
+            remarks.append(table)
             continue
         near = {image for image in images if image.startswith(name[: -len(path.name)])}
         num_named, num_missing = len(near & set(table.index)), len(set(table.index) - images)

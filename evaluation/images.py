@@ -395,7 +395,9 @@ def load_images(
             raise ValueError(f"{dataset_name} has no split {split}; its splits are {', '.join(splits)}")
         dataset = folder.dataset(split) if folder else splits[split]
         if folder and streaming:
+            info = dataset.info
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), _NUM_STREAM_SHARDS))
+            dataset.info.splits, dataset.info.description = info.splits, info.description  # which it drops
         if dataset.features is None:
             dataset = dataset._resolve_features()
     if folder:

@@ -55,7 +55,8 @@ def known_labels(labels: np.ndarray, split: str) -> np.ndarray:
     known = np.flatnonzero([label is not None for label in labels])
     if not len(known):
         raise ValueError(
-            f"split {split} has no labels: all {len(labels)} are unknown. Name their column by --label_column."
+            f"split {split} has no labels: all {len(labels)} are unknown. Name their column by --label_column, also "
+            "when features are extracted."
         )
     if len(known) < len(labels) and PartialState().is_main_process:
         warnings.warn(

@@ -283,6 +283,8 @@ def to_pixel_values(image_processor, images: list[np.ndarray]) -> torch.Tensor:
     """Images (channels, height, width) -> a batch, as the image processor makes it."""
     is_scaling = isinstance(image_processor, DINOImageProcessor)
     if not is_scaling and any(image.dtype != np.uint8 for image in images):
+        if len(images) > 1:  # one by one, so that none depends on what else is in its batch
+            return torch.cat([to_pixel_values(image_processor, [image]) for image in images])
         image_processor = scaling(image_processor, len(images[0]))
     if isinstance(image_processor, TimmWrapperImageProcessor):
         images = [image.transpose(1, 2, 0).squeeze() for image in images]

@@ -14,7 +14,15 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
 from .decoding import Reading, decode_image
-from .features import Features, extract_features, features_of, find_eval_split, images_of, load_model_of
+from .features import (
+    Features,
+    extract_features,
+    features_of,
+    find_eval_split,
+    images_of,
+    load_model_of,
+    reading_settings,
+)
 from .models import reading_of, to_values
 from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
 
@@ -108,7 +116,8 @@ def _name(features: Features, index: int) -> str:
 def _find_pictures(args: Namespace, features: Features, split: str, indices: np.ndarray) -> dict[int, np.ndarray]:
     """The pixels of some images of the split that features are of, by index, decoded once each."""
     name, config = (args.dataset_name or features.data["name"]), args.dataset_config_name or features.data["config"]
-    dataset = images_of(Namespace(**vars(args) | {"dataset_name": name, "dataset_config_name": config}), split)
+    given = {"dataset_name": name, "dataset_config_name": config} | reading_settings(features)
+    dataset = images_of(Namespace(**vars(args) | given), split)
     num_images = len(features) + len(features.failed)
     if len(dataset) != num_images:
         raise ValueError(f"split {split} of {name} has {len(dataset)} images, and there are features of {num_images}")

@@ -107,3 +107,21 @@ def test_transparent_images_are_put_on_the_background(recipe, photos, tmp_path):
         trained(*argv, "--output_dir", run, "--background", background)
         with Image.open(run / "figures/crops.png") as picture:
             assert np.abs(np.array(picture)[0, 0].astype(int) - corner).max() <= 1
+
+
+def test_resumed_stream_keeps_the_image_processor(recipe, tmp_path):  # noqa: F811
+    """Which is chosen by the first images, of which a resumed run sees others."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "mixed").mkdir()
+    for number in range(16):
+        pixels = rng.integers(0, 256, (24, 24)).astype(np.uint16 if number % 4 == 0 else np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "mixed" / f"{number:02}.png")
+    for seed in (0, 1):
+        whole, resumed = (tmp_path / f"{name}_{seed}" for name in ("whole", "resumed"))
+        argv = ("--config", recipe, "--dataset_name", tmp_path / "mixed", "--streaming", "--max_steps", "5")
+        argv += ("--per_device_train_batch_size", "2", "--save_steps", "1", "--save_total_limit", "9", "--seed", seed)
+        said = trained(*argv, "--output_dir", whole)
+        assert "16 image files found, 16 read" in said
+        trained(*argv, "--output_dir", resumed, "--resume_from_checkpoint", whole / "checkpoints/step_0000002")
+        one, two = ((run / "preprocessor_config.json").read_text() for run in (whole, resumed))
+        assert one == two

@@ -21,7 +21,15 @@ from PIL import Image, ImageCms
 from transformers import ViTImageProcessorPil
 
 from evaluation import decoding
-from evaluation.decoding import BrokenImageError, EncodedImage, Reading, count_pages, decode_8_bits, decode_image
+from evaluation.decoding import (
+    BrokenImageError,
+    EncodedImage,
+    Reading,
+    count_pages,
+    decode_8_bits,
+    decode_image,
+    pixel_hash,
+)
 from evaluation.images import load_images
 from evaluation.models import to_pixel_values
 from modeling_dino.image_processing_dino import DINOImageProcessor, make_image_processor, scale_values
@@ -1048,3 +1056,56 @@ def test_stack_in_a_file_is_not_read_whole_for_a_page(tmp_path, monkeypatch, pag
     encoded = EncodedImage(image, Reading(len(expected), tiff_pages=pages))
     np.testing.assert_array_equal(encoded.decode(), expected)
     np.testing.assert_array_equal(encoded.decode(), expected)  # the file was closed in between
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["tiff", "jpeg", "png", "webp"])
+def test_header_has_the_size_of_turned_pixels(kind, orientation):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[274] = orientation
+    options = {"tiffinfo": {274: orientation}} if kind == "tiff" else {"exif": exif}
+    Image.new("RGB", (30, 20), "white").save(file, kind, **options)
+    encoded = EncodedImage({"bytes": file.getvalue(), "path": None}, Reading(3))
+    assert encoded.decode().shape == (3, encoded.height, encoded.width) == (3, *((20, 30), (30, 20))[orientation > 4])
+
+
+@pytest.mark.parametrize("path", ["drawing.eps", "photo.jpg"])
+def test_postscript_is_not_run(path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)  # would be called
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n"
+    with pytest.raises(BrokenImageError, match="no image file"):
+        EncodedImage({"bytes": content, "path": path}, Reading(3)).decode()
+
+
+def test_pixel_values_do_not_depend_on_the_batch():
+    rng, processor = np.random.default_rng(0), make_image_processor(16)
+    photo = rng.integers(0, 256, (3, 40, 30), dtype=np.uint8)
+    deep = rng.integers(0, 2**16, (3, 40, 30), dtype=np.uint16)
+    alone = to_pixel_values(processor, [photo])
+    np.testing.assert_array_equal(to_pixel_values(processor, [deep, photo])[1:], alone)
+
+
+def test_hashes_tell_sizes_of_equal_bytes_apart():
+    assert pixel_hash(np.zeros((3, 10, 20), np.uint8)) != pixel_hash(np.zeros((3, 20, 10), np.uint8))
+
+
+def test_check_warns_of_unlike_types(tmp_path, capsys):
+    for number in range(3):
+        Image.new("L", (30, 20), 128).save(tmp_path / f"{number}.png")
+        tifffile.imwrite(tmp_path / f"{number}.tif", np.full((20, 30), 3000, np.uint16))
+    check_from_command_line([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "images of unlike types" in printed and "consider --value_range p1 p99" in printed
+    assert "--value_range 3000" not in printed
+
+
+def test_check_tells_stray_images_from_the_others(tmp_path, capsys):
+    for number in range(3):
+        tifffile.imwrite(
+            tmp_path / f"{number}.tif", np.zeros((2, 20, 30), np.uint16), metadata={"axes": "CYX"}, ome=True
+        )
+    Image.new("L", (30, 20)).save(tmp_path / "stray.png")
+    for flags, advice in (([], "num_channels=2 --image_mean 0.5"), (["--num_channels", "2"], "move them to another")):
+        with pytest.raises(SystemExit):
+            check_from_command_line([str(tmp_path), *flags])
+        assert advice in capsys.readouterr().out

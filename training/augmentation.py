@@ -380,8 +380,8 @@ def apply_photometrics(crops: torch.Tensor, drawn: Photometrics, args: Augmentat
     changed = torch.empty(crops.shape, device=crops.device)
     for first in range(0, len(crops), at_once):
         part = slice(first, first + at_once)
-        colours = _change_colours(to_unit(crops[part]), Photometrics(*(field[part] for field in drawn)), args)
-        torch.sub(colours, mean, out=changed[part]).div_(std)
+        colors = _change_colours(to_unit(crops[part]), Photometrics(*(field[part] for field in drawn)), args)
+        torch.sub(colors, mean, out=changed[part]).div_(std)
     return changed
 
 

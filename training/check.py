@@ -19,6 +19,7 @@ from modeling_dino.image_processing_dino import parse_value_range
 
 NUM_EXAMPLES = 3  # of each kind that are printed
 NUM_SAMPLES = 1000  # values of an image that the proposed range of values follows
+MAX_SAMPLES = 1_000_000  # of all images together
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Findings:
         notes: What is not read -> names of images.
         dtypes: Types of the values -> number of images.
         lowest, highest: Of all values.
-        samples: Some values of images that are not of 8 bits.
+        samples: Some values of images that are not of 8 bits; at most MAX_SAMPLES, every `stride`-th of those found.
     """
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -43,6 +44,8 @@ class Findings:
     lowest: float = np.inf
     highest: float = -np.inf
     samples: list[np.ndarray] = field(default_factory=list)
+    num_samples: int = 0
+    stride: int = 1
 
     @property
     def num_skipped(self) -> int:
@@ -121,7 +124,11 @@ def _add(found: Findings, one: BrokenImageError | tuple) -> None:
         found.notes[note].append(name)
     if values is not None:
         sample, lowest, highest = values
-        found.samples.append(sample)
+        found.samples.append(sample[:: found.stride])
+        found.num_samples += len(found.samples[-1])
+        if found.num_samples > MAX_SAMPLES:
+            found.samples = [sample[::2] for sample in found.samples]
+            found.num_samples, found.stride = sum(map(len, found.samples)), 2 * found.stride
         found.lowest, found.highest = min(found.lowest, lowest), max(found.highest, highest)
 
 
@@ -141,8 +148,11 @@ def report(found: Findings, reading: Reading, value_range: list | None) -> Itera
         dtypes = ", ".join(f"{number} of {dtype}" for dtype, number in found.dtypes.most_common())
         yield f"{min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high; {dtypes}"
     yield from _advice(found, reading)
+    is_mixed = len(found.dtypes) > 1
+    if is_mixed and (value_range is None or not isinstance(value_range[0], str)):
+        yield "images of unlike types: one --value_range LOW HIGH would make some dark; consider --value_range p1 p99"
     samples = np.concatenate([np.empty(0), *found.samples])
-    if value_range is None and len(samples):
+    if value_range is None and len(samples) and not is_mixed:
         low, high = np.percentile(samples, [1, 99])
         low, high = (low, high) if low < high else (found.lowest, max(found.highest, found.lowest + 1))
         yield (
@@ -158,11 +168,15 @@ def _advice(found: Findings, reading: Reading) -> Iterator[str]:
     counts = found.numbers["other channels"]
     if counts:
         listed = ", ".join(f"{number} of {channels}" for channels, number in counts.most_common())
-        channels = counts.most_common(1)[0][0]
-        yield (
-            f"images of other channels than {reading.num_channels}: {listed}; consider --config_overrides "
-            f"num_channels={channels} in training, --num_channels {channels} here"
-        )
+        channels, number = counts.most_common(1)[0]
+        if number > len(found.sizes):
+            advice = (
+                f"train with --config_overrides num_channels={channels} --image_mean 0.5 --image_std 0.25, and give "
+            )
+            advice += f"--num_channels {channels} here"
+        else:
+            advice = "move them to another folder"
+        yield f"images of other channels than {reading.num_channels}: {listed}; {advice}"
     if counts := found.numbers["too large"]:
         yield f"the largest image has {max(counts)} pixels; consider --max_image_pixels {max(counts)}"
     if "several pages" in found.faults:
@@ -208,7 +222,7 @@ def check_and_print(args: Namespace) -> int:
     value_range = parse_value_range(args.value_range)
     reading = Reading(args.num_channels, args.background, args.tiff_pages, args.max_image_pixels)
     if account := describe_folder(args.dataset_name, args.folder_layout):
-        print(printable(account))
+        print(account)
     found = check(
         args.dataset_name, args.config_name, args.split, args.image_column, args.streaming, reading, args.num_workers,
         args.folder_layout, args.allow_unread,

@@ -29,6 +29,7 @@ from modeling_dino import DINOConfig, DINOForPreTraining
 from modeling_dino.command_line import check_files, one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 from modeling_dino.convert_dino_checkpoint import read_pickle
+from modeling_dino.image_processing_dino import DINOImageProcessor
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
@@ -294,6 +295,12 @@ def saved_arguments(folder: Path) -> dict:
     """The settings of the run that a checkpoint is of. Those that its version lacked had their defaults."""
     defaults = asdict(TrainingArguments(dataset_name="", output_dir=""))
     return defaults | json.loads((folder / "manifest.json").read_text())["arguments"]
+
+
+def saved_value_types(folder: Path) -> list[str]:
+    """Return whether images were of 8 bits, by the image processor of a checkpoint: uint8, or `other`."""
+    processor = json.loads((folder / "teacher" / "preprocessor_config.json").read_text())
+    return ["other" if processor["image_processor_type"] == DINOImageProcessor.__name__ else "uint8"]
 
 
 def check_same_settings(folder: Path, args: TrainingArguments, global_batch_size: int, data: list[dict]) -> None:

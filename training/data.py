@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import cached_property, partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import NamedTuple
@@ -220,23 +221,28 @@ def load_training_images(args: TrainingArguments) -> tuple[Dataset | IterableDat
     return mixed, lengths, accounts
 
 
-def is_deep(dataset: Dataset | IterableDataset, reading: Reading, first: list[dict] | None) -> bool:
-    """Return whether images are not of 8 bits a channel, by some of their headers.
+def value_types(dataset: Dataset | IterableDataset, reading: Reading, first: list[dict] | None) -> list[str]:
+    """Return the types of the values of images, by some of their headers.
 
     Args:
         dataset: The images.
         reading: How to read them.
         first: Of a stream, its first rows; of a run that is done, None.
     """
-    if reading.array_dtype != "uint8":
-        return True
+    types = set()
     if isinstance(dataset, Dataset):
         first = [dataset[int(index)] for index in np.linspace(0, len(dataset) - 1, min(16, len(dataset)))]
     for row in dataset.take(1) if first is None else first:
         with suppress(BrokenImageError):
-            if EncodedImage(row["image"], reading).dtype != np.uint8:
-                return True
-    return False
+            types.add(str(EncodedImage(row["image"], reading).dtype))
+    return sorted(types)
+
+
+def example_of(dataset: Dataset | IterableDataset, first: list[dict] | None) -> str:
+    """Return the ending of an image's file, as .tif; nothing for images without a file name."""
+    row = dataset[0] if isinstance(dataset, Dataset) else (first or [{"image": None}])[0]
+    path = row["image"].get("path") if isinstance(row["image"], dict) else None
+    return Path(path or "").suffix.lower()
 
 
 def order_of_epoch(seed: int, epoch: int, lengths: list[int], weights: list[float]) -> np.ndarray:

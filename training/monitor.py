@@ -292,7 +292,9 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
     knn = [line for line in metrics if any(key.startswith("knn_") for key in line)]
     figure, axes = plt.subplots(1, 3 if knn else 2, figsize=(13.5 if knn else 9, 3.6), layout="constrained")
     for axis, key, title in zip(axes, ("loss", "teacher_entropy"), ("loss", "teacher entropy [nats]")):
-        axis.plot([line["step"] for line in training], [line[key] for line in training], color="#1f5fa8")
+        marker = "o" if len(training) == 1 else None  # a line of one point is not seen
+        points = [line["step"] for line in training], [line[key] for line in training]
+        axis.plot(*points, color="#1f5fa8", marker=marker)
         axis.axhline(math.log(out_dim), color="0.6", linewidth=1, linestyle="--")
         axis.annotate("ln K", (1, math.log(out_dim)), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                       textcoords="offset points", ha="right", color="0.4")  # fmt: skip

@@ -64,8 +64,8 @@ def load_config(args: TrainingArguments) -> DINOConfig:
     for name in ("image_mean", "image_std"):
         if len(getattr(args, name)) not in (1, config.num_channels):
             raise ValueError(
-                f"{name} must have one value or one for each of the {config.num_channels} channels, "
-                f"got {getattr(args, name)}"
+                f"{name} must have one value or one for each of the {config.num_channels} channels, got "
+                f"{' '.join(map(str, getattr(args, name)))}. Give --image_mean 0.5 --image_std 0.25"
             )
     return config
 

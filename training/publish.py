@@ -34,11 +34,27 @@ def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImag
     image_processor.save_pretrained(folder)
 
 
-def usage(backbone: DINOModel, image_processor, name: str, trust_remote_code: bool = False) -> str:
-    """The five lines that load a backbone by its folder or Hub id, with our package or with the code beside it."""
+def usage(
+    backbone: DINOModel,
+    image_processor,
+    name: str,
+    args: TrainingArguments,
+    ending: str,
+    trust_remote_code: bool = False,
+) -> str:
+    """The five lines that load a backbone by its folder or Hub id, with our package or with the code beside it.
+
+    Args:
+        backbone: The teacher's.
+        image_processor: Its.
+        name: Of the folder or on the Hub.
+        args: Of the run.
+        ending: Of the name of an image's file, as .tif.
+        trust_remote_code: Whether the code beside it is used.
+    """
     num_channels, size = backbone.config.num_channels, backbone.config.image_size
     if isinstance(image_processor, DINOImageProcessor):
-        library, image, options = "tifffile", 'tifffile.imread("image.tif")', ""
+        library, image, options = _reader(ending, args.tiff_pages)
     elif num_channels in PILLOW_MODES:
         library, image = "PIL.Image", f'PIL.Image.open("image.jpg").convert("{PILLOW_MODES[num_channels]}")'
         options = "" if num_channels == 3 else ', input_data_format="channels_last"'
@@ -68,6 +84,7 @@ def write_card(
     global_batch_size: int,
     is_resumed: bool,
     hub_datasets: list[str],
+    ending: str,
 ) -> None:
     """Write the model card to `path`, of what the run knows about itself. No path gets into it."""
     metrics = read_metrics(Path(args.output_dir))
@@ -84,6 +101,7 @@ def write_card(
         "images": " and ".join(sources) + ("" if num_images is None else f", {num_images:,}"),
         "training": f"{num_steps:,} steps of {global_batch_size} images",
         "values": _describe_values(args, image_processor),
+        "transparent images": "" if args.background == "white" else f"put on {args.background}, before the processor",
         "crops": f"2 of {args.global_crop_size} and {args.num_local_crops} of {args.local_crop_size} pixels",
         "head": f"{backbone.config.out_dim:,} prototypes",
         "learning rate": f"{args.base_learning_rate:g} per 256 images, to {args.min_learning_rate:g}",
@@ -114,7 +132,7 @@ Features of images, learned without labels by [DINO](https://arxiv.org/abs/2104.
 training with dino-hf.
 
 ```python
-{usage(backbone, image_processor, _ADDRESS, trust_remote_code=True)}
+{usage(backbone, image_processor, _ADDRESS, args, ending, trust_remote_code=True)}
 ```
 
 {pipeline}| | |
@@ -136,6 +154,16 @@ def _describe(backbone: DINOModel) -> str:
     if config.backbone_config.model_type == "timm_wrapper":
         return f"{config.backbone_config.architecture} of timm, which must be installed"
     return type(backbone.backbone).__name__
+
+
+def _reader(ending: str, tiff_pages: str | None) -> tuple[str, str, str]:
+    """Module, expression and options that read an image of more than 8 bits."""
+    if ending in (".tif", ".tiff"):
+        page = "[0]" if tiff_pages in ("images", "first") else ""
+        return "tifffile", f'tifffile.imread("image{ending}"){page}', ""
+    if ending in ("", ".npy", ".npz"):
+        return "numpy", 'numpy.load("image.npy")', ""
+    return "PIL.Image", f'PIL.Image.open("image{ending}")', ""
 
 
 def _describe_values(args: TrainingArguments, image_processor) -> str:

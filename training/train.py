@@ -31,9 +31,10 @@ from .checkpoint import (
     load_progress,
     save_checkpoint,
     saved_arguments,
+    saved_value_types,
     set_later_checkpoints_aside,
 )
-from .data import CropLoader, DataError, is_deep
+from .data import CropLoader, DataError, example_of, value_types
 from .data_identity import identify_data
 from .dry_run import describe, without_downloads
 from .failure import RunError, rescued
@@ -259,10 +260,18 @@ def _train(
         step_batches = [next(batches) for _ in range(num_accumulated)]
 
     first_rows = step_batches[0].images.images if first_step < num_steps else None
-    deep = broadcast_object_list([is_deep(loader.dataset, loader.reading, first_rows)])[0]
+    if checkpoint and not loader.is_map_style:  # whose first rows are others now
+        types = saved_value_types(checkpoint)
+    else:
+        types = broadcast_object_list([value_types(loader.dataset, loader.reading, first_rows)])[0]
+    if len(types) > 1 and args.value_range and not args.value_range[0].startswith("p"):
+        logger.warning(
+            "images have values of %s, and value_range = %s scales all alike: some may be dark. Consider p1 p99",
+            " and ".join(types), " ".join(args.value_range),
+        )  # fmt: skip
     image_processor = make_image_processor(
         config.image_size, config.num_channels, args.image_mean, args.image_std, args.eval_crop_pct, args.value_range,
-        deep,
+        is_deep=set(types) - {"uint8"} != set(),
     )  # fmt: skip
 
     reason = None
@@ -438,17 +447,17 @@ def _train(
     teacher = whole_network(teacher, accelerator.is_main_process, "cpu")
     monitor.say(f"Verdict of the metrics: {monitor.explained_verdict()}")
     if accelerator.is_main_process:
-        is_resumed = checkpoint is not None
+        is_resumed, ending = checkpoint is not None, example_of(loader.dataset, first_rows)
 
         def write(new: Path) -> None:
             publish(teacher.dino, image_processor, new)
             write_card(
                 new / "README.md", teacher.dino, image_processor, args, loader.num_images, num_steps,
-                global_batch_size, is_resumed, hub_datasets,
+                global_batch_size, is_resumed, hub_datasets, ending,
             )  # fmt: skip
 
         folder.publish(write)
-        snippet = usage(teacher.dino, image_processor, str(output_dir))
+        snippet = usage(teacher.dino, image_processor, str(output_dir), args, ending)
         monitor.say(f"The teacher's backbone is in {output_dir}, figures in {output_dir / 'figures'}. To use it:")
         monitor.say(snippet)
         if args.push_to_hub:
