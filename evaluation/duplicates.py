@@ -258,9 +258,10 @@ def draw_pairs(
     return figure
 
 
-def _short(name: str) -> str:
-    """The end of a file's name, which is where names differ."""
-    name = printable("/".join(name.split("/")[-2:]))
+def _short(name: str, split: str) -> str:
+    """The end of a file's name, with the folder that it lies in unless that is the split's."""
+    folder, _, name = "/".join(name.split("/")[-2:]).rpartition("/")
+    name = printable(f"{folder}/{name}" if folder not in ("", split) else name)
     return name if len(name) <= 24 else "…" + name[-23:]
 
 
@@ -419,10 +420,14 @@ def measure(args: Namespace) -> None:
         ),
     )
     for path in files[1:]:
+        captions = {
+            image: f"{split_order[splits[image]]}\n{_short(names[image], split_order[splits[image]])}"
+            for image in set(found.pairs.flat)
+        }
         drawn = {image: _thumbnail(datasets[splits[image]], int(rows[image]), args) for image in set(found.pairs.flat)}
         figure = draw_pairs(
             [(drawn[first], drawn[second]) for first, second in found.pairs],
-            [tuple(f"{split_order[splits[image]]}\n{_short(names[image])}" for image in pair) for pair in found.pairs],
+            [(captions[first], captions[second]) for first, second in found.pairs],
             found.similarities,
             hashes[found.pairs[:, 0]] == hashes[found.pairs[:, 1]],
         )

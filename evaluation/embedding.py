@@ -13,7 +13,7 @@ from sklearn.preprocessing import normalize
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
-from .features import features_of, find_eval_split
+from .features import features_of, find_eval_split, has_labels
 from .pictures import add_files, check_files, start_figure, write_files
 
 
@@ -125,7 +125,7 @@ def measure(args: Namespace) -> None:
         features.features[sample], args.method, args.perplexity, args.num_neighbors, args.seed
     )
     labels = features.labels[sample]
-    has_labels = all(label is not None for label in labels)
-    figure = draw_embedding(coordinates, labels if has_labels else None, features.class_names)
-    arrays = {"images": features.rows[sample], "coordinates": coordinates} | ({"labels": labels} if has_labels else {})
+    is_labeled = has_labels(features)
+    figure = draw_embedding(coordinates, labels if is_labeled else None, features.class_names)
+    arrays = {"images": features.rows[sample], "coordinates": coordinates} | ({"labels": labels} if is_labeled else {})
     write_files(args, figure, arrays)

@@ -548,10 +548,14 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
         features = _new_features(args, split, no_labels if with_labels else None)
     if with_labels:
         return labelled(features, split)
-    if any(isinstance(label, (list, np.ndarray)) for label in features.labels):
-        features.labels = np.full(len(features), None)
-    features.labels = plain_labels(features.labels, features.class_names)
+    if not any(isinstance(label, (list, np.ndarray)) for label in features.labels):
+        features.labels = plain_labels(features.labels, features.class_names)
     return features
+
+
+def has_labels(features: Features) -> bool:
+    """Return whether every image has one label."""
+    return all(label is not None and not isinstance(label, (list, np.ndarray)) for label in features.labels)
 
 
 def labelled(features: Features, split: str, like: Features | None = None) -> Features:

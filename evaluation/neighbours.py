@@ -19,6 +19,7 @@ from .features import (
     extract_features,
     features_of,
     find_eval_split,
+    has_labels,
     images_of,
     load_model_of,
     reading_settings,
@@ -101,14 +102,10 @@ def _short(name: str) -> str:
     return name if len(name) <= 18 else name[:17] + "…"
 
 
-def _has_labels(features: Features) -> bool:
-    return all(label is not None for label in features.labels)
-
-
 def _name(features: Features, index: int) -> str:
     """The class of an image, or nothing."""
     label = features.labels[index]
-    if label is None:
+    if label is None or isinstance(label, (list, np.ndarray)):
         return ""
     return features.class_names[label] if features.class_names else str(label)
 
@@ -184,9 +181,9 @@ def measure(args: Namespace) -> None:
         by_index = _find_pictures(args, queries, split, shown)
         query_pictures = [by_index[index] for index in shown]
         query_names = [_name(queries, index) for index in shown]
-    names = [[_name(train, index) for index in row] for row in indices] if _has_labels(train) else None
+    names = [[_name(train, index) for index in row] for row in indices] if has_labels(train) else None
     same_class = None
-    if names and _has_labels(queries):
+    if names and has_labels(queries):
         same_class = queries.labels[shown][:, None] == train.labels[indices]
     figure = draw_neighbours(
         query_pictures, [[pictures[index] for index in row] for row in indices], similarities, query_names, names,

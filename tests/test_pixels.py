@@ -952,7 +952,7 @@ def test_check_proposes_the_flags_that_help(tmp_path, capsys):
     assert code == 1
     for words in (
         "9 images, 8 of them would be skipped: 6 other channels, 1 ",
-        "images of other channels than 3: 5 of 4, 1 of 6; consider --config_overrides num_channels=4 in training",
+        "images of other channels than 3: 5 of 4, 1 of 6; train with --config_overrides num_channels=4",
         "the largest image has 8100 pixels; consider --max_image_pixels 8100",
         "consider --tiff_pages channels",
         "1 image is read in part, CMYK converted without a color profile:",
