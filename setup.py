@@ -40,6 +40,7 @@ setup(
         "scipy>=1.11",
         "evaluate>=0.4.6",
         "numpy>=1.26",
+        "pandas>=2.2",
         "pyarrow>=24",
         "matplotlib>=3.8",
         "pillow>=10.1",
