@@ -466,6 +466,10 @@ def read_folder(
     if not splits:
         raise ValueError(_describe_nothing(listing))
     remarks = []
+    for split, names in splits.items():
+        tops = sorted({_parts(_folder_of(name))[num_above - 1] for name in names}) if num_above else []
+        if len(tops) > 1:
+            remarks.append(f"{path}: split {split} joins the folders {_some(tops)}")
     parents = {folder: _parts(folder)[num_above:] for folder in {_folder_of(name) for name in listing.images}}
     depths = {len(classes) for classes in parents.values() if classes}
     level = -1 if len(depths) == 1 else 0

@@ -778,3 +778,9 @@ def test_large_folder_is_listed_without_reading_files(tmp_path, monkeypatch):
     assert len(list_folder(tmp_path).images) == 60 and not calls
     load_images(folder)
     assert len(calls) == 60
+
+
+def test_folders_that_make_one_split_are_said(tmp_path):
+    folder = write(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "test/a/1.jpg", "eval/b/1.jpg")
+    _, warned = load(folder)
+    assert warned == f"{tmp_path}: split test joins the folders eval, test"
