@@ -116,20 +116,23 @@ class _DecodableImages:
     def __init__(self, collate: Callable, is_strict: bool):
         self.collate, self.is_strict = collate, is_strict
 
-    def __call__(self, rows: list[dict]) -> tuple[tuple | None, dict[int, tuple[str | None, str]]]:
-        """Return the collated rows, None if no row can be decoded, and path and reason of the others by position."""
+    def __call__(self, rows: list[dict]) -> tuple[tuple | BrokenImageError | None, dict[int, tuple[str | None, str]]]:
+        """Return the collated rows, None if no row can be decoded, and path and reason of the others by position.
+
+        An error is returned, as a data loader would raise that of a worker with a traceback in its message.
+        """
         try:
             return self.collate(rows), {}
-        except BrokenImageError:
+        except BrokenImageError as error:
             if self.is_strict:
-                raise
+                return error, {}
         failed = {}
         for position, row in enumerate(rows):
             try:
                 self.collate([row])
             except BrokenImageError as error:
                 if error.kind in ("needs scientific", "unreadable"):  # which may change
-                    raise
+                    return error, {}
                 failed[position] = image_name(row["image"]), error.reason
         decodable = [row for position, row in enumerate(rows) if position not in failed]
         return (self.collate(decodable) if decodable else None), failed
@@ -284,6 +287,8 @@ def _extract_share(
                 {"name": path, "reason": reason, "row": first + position}
                 for position, (path, reason) in reasons.items()
             ]
+            if isinstance(collated, BrokenImageError):
+                raise collated
             if collated is None:
                 continue
             pixel_values, batch_labels, batch_hashes, batch_names = collated

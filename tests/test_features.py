@@ -33,6 +33,7 @@ from transformers import (
 from evaluation import features, models
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.attention import cls_attention, mass_masks
+from evaluation.decoding import BrokenImageError
 from evaluation.feature_files import read_manifest
 from evaluation.features import extract_features, keep_features, read_features
 from evaluation.images import load_images
@@ -687,3 +688,14 @@ def test_bad_input(ours, parquet_folder, flat_folder, tmp_path, capsys):
     images.filter(lambda row: row["label"] == 1).to_parquet(tmp_path / "one.parquet")
     message = ask("knn", "--model", ours, "--dataset_name", tmp_path / "one.parquet", "--k", "1")
     assert message.endswith("has images of one class only, 1")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_error_of_a_broken_image_names_it_from_any_worker(ours, flat_folder, tmp_path, num_workers):
+    folder = shutil.copytree(flat_folder, tmp_path / "images")
+    (folder / "3.png").write_bytes(b"text")
+    model, processor = load_model(str(ours))
+    with pytest.raises(BrokenImageError) as error:
+        extract_features(model, load_images(str(folder)), processor, 4, num_workers)
+    assert error.value.name == str(folder / "3.png") and error.value.kind == "no image"
+    assert str(error.value) == f"image {folder / '3.png'} cannot be decoded: no image file"
