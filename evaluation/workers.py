@@ -53,7 +53,9 @@ class Loader(DataLoader):
                         _workers.difference_update(workers)
                     return
                 except Exception as error:
-                    if lost := _explain_lost(workers):
+                    # a connection breaks before the system has taken the worker apart
+                    is_broken = isinstance(error, (ConnectionError, EOFError))
+                    if lost := _explain_lost(workers, 5 if is_broken else 0.2):
                         raise ValueError(lost) from error
                     raise
                 yield batch
@@ -107,9 +109,9 @@ def _sigchld_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _explain_lost(workers: list) -> str | None:
-    """Return how a worker has ended that should not have; None if all are there."""
-    wait([worker.sentinel for worker in workers], 0.2)  # for one that has just been killed
+def _explain_lost(workers: list, patience: float) -> str | None:
+    """Return how a worker has ended that should not have; None if all remain for `patience` seconds."""
+    wait([worker.sentinel for worker in workers], patience)  # for one that has just been killed
     for worker in workers:
         if worker.exitcode is not None and worker.exitcode < 0:
             name = signal.Signals(-worker.exitcode).name
