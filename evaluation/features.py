@@ -552,7 +552,7 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     else:
         features = _new_features(args, split, no_labels if with_labels else None)
     if with_labels:
-        return labelled(features, split)
+        return labeled(features, split)
     if not any(isinstance(label, (list, np.ndarray)) for label in features.labels):
         features.labels = plain_labels(features.labels, features.class_names)
     return features
@@ -563,7 +563,7 @@ def has_labels(features: Features) -> bool:
     return all(label is not None and not isinstance(label, (list, np.ndarray)) for label in features.labels)
 
 
-def labelled(features: Features, split: str, like: Features | None = None) -> Features:
+def labeled(features: Features, split: str, like: Features | None = None) -> Features:
     """The features of images whose label is known, with labels numbered as those of `like`.
 
     Raises:
@@ -572,11 +572,13 @@ def labelled(features: Features, split: str, like: Features | None = None) -> Fe
     labels = plain_labels(features.labels, features.class_names)
     known = known_labels(labels, split)
     labels = plain_labels(labels[known])
-    labels = match_names(labels, features.class_names, like.class_names if like else None)
-    names = [features.names[index] for index in known]
+    class_names = features.class_names
+    if like and like.class_names and class_names:
+        labels, class_names = match_names(labels, class_names, like.class_names), like.class_names
     return replace(
-        features, features=features.features[known], labels=labels, hashes=features.hashes[known], names=names
-    )
+        features, features=features.features[known], labels=labels, hashes=features.hashes[known],
+        names=[features.names[index] for index in known], class_names=class_names,
+    )  # fmt: skip
 
 
 def check_features(args: Namespace, *names: str, suffix: str = ".parquet") -> None:
@@ -644,7 +646,7 @@ def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
             f"split {train.data['split']} of {train.data['name']} has images of one class only, {train.labels[0]}"
         )
     if test is not None:
-        test = labelled(test, eval_split, like=train)
+        test = labeled(test, eval_split, like=train)
         warn_of_shared_images(train.hashes, test.hashes)
     return train, test
 

@@ -90,7 +90,7 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
-@cache  # of both splits that a command loads, the same is said once
+@cache  # one warning for all splits that a command loads
 def _warn(text: str) -> None:
     if PartialState().is_main_process:
         warnings.warn(text)

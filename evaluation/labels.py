@@ -84,7 +84,7 @@ def match_names(labels: np.ndarray, names: list[str] | None, like: list[str] | N
     return np.array([None if label is None else table[label] for label in labels])
 
 
-def labelled_rows(dataset: Dataset, split: str, like: list[str] | None = None) -> tuple[Dataset, list]:
+def labeled_rows(dataset: Dataset, split: str, like: list[str] | None = None) -> tuple[Dataset, list]:
     """The rows of a dataset whose label is known, and their labels, numbered as the classes of `like`.
 
     Raises:

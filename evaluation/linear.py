@@ -38,7 +38,7 @@ from .features import (
     features_of,
     images_of,
     keep_features,
-    labelled,
+    labeled,
     load_model_of,
     warn_of_shared_images,
 )
@@ -411,8 +411,8 @@ class KeptFeatures:
     def __init__(self, args: Namespace, network: ComputedFeatures | None, image_processor, inputs: dict):
         self.args, self.network, self.image_processor = args, network, image_processor
         train, test = (self._read(split, inputs) for split in (args.train_split, evaluation_split(args)))
-        self.train = labelled(train, args.train_split)
-        self.test = labelled(test, evaluation_split(args), like=self.train)
+        self.train = labeled(train, args.train_split)
+        self.test = labeled(test, evaluation_split(args), like=self.train)
         self.labels, self.class_names, self.data = self.train.labels, self.train.class_names, self.train.data
         self.data = self.data | {"augmentation": False}
 

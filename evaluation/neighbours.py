@@ -24,6 +24,7 @@ from .features import (
     load_model_of,
     reading_settings,
 )
+from .labels import match_names
 from .models import reading_of, to_values
 from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
 
@@ -184,7 +185,8 @@ def measure(args: Namespace) -> None:
     names = [[_name(train, index) for index in row] for row in indices] if has_labels(train) else None
     same_class = None
     if names and has_labels(queries):
-        same_class = queries.labels[shown][:, None] == train.labels[indices]
+        labels = match_names(queries.labels[shown], queries.class_names, train.class_names)
+        same_class = labels[:, None] == train.labels[indices]
     figure = draw_neighbours(
         query_pictures, [[pictures[index] for index in row] for row in indices], similarities, query_names, names,
         same_class,

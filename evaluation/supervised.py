@@ -24,7 +24,7 @@ from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .decoding import Reading, decode_image, pixel_hash
 from .features import class_names, find_eval_split, images_of
-from .labels import labelled_rows
+from .labels import labeled_rows
 from .models import mean_and_std, to_pixel_values, to_values
 from .outputs import check_outputs, replacing, write_text
 from .workers import Loader
@@ -182,7 +182,7 @@ def load_splits(args: Namespace) -> tuple[Dataset, Dataset, list, list]:
                 f"{args.protocol} needs labels, and split {split} of {args.dataset_name} has no label column; name it "
                 "by --label_column"
             )
-        dataset, numbers = labelled_rows(dataset, split, like=names)
+        dataset, numbers = labeled_rows(dataset, split, like=names)
         names = names or class_names(dataset)
         splits.append(dataset)
         labels.append(numbers)

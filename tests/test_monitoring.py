@@ -121,7 +121,7 @@ def test_tracker_that_fails_is_said_once_and_changes_nothing(plain, recipe, parq
     finished = scripted(script, tmp_path, *argv)
     assert finished.returncode == 0, finished.stderr
     [line] = finished.stderr.splitlines()
-    assert line.startswith("the tracker bad failed, and training goes on") and "RuntimeError: no such host" in line
+    assert line.startswith("the tracker bad failed, and training continues") and "RuntimeError: no such host" in line
     assert "Traceback" in (tmp_path / "train.log").read_text()
     assert losses(tmp_path) == losses(plain)
     assert scalars(tmp_path) == pytest.approx(numbers(tmp_path), rel=1e-6)  # the other one does not suffer
@@ -157,7 +157,7 @@ def test_no_place_for_tensorboard_or_figures_changes_nothing(plain, recipe, parq
     finished = scripted(NO_PLACE, tmp_path, *argv)
     assert finished.returncode == 0, finished.stderr
     for what in ("the tracker tensorboard", "drawing crops.png", "drawing curves.png", "drawing attention.png"):
-        assert finished.stderr.count(f"{what} failed, and training goes on") == 1, finished.stderr
+        assert finished.stderr.count(f"{what} failed, and training continues") == 1, finished.stderr
     assert len(finished.stderr.splitlines()) == 4
     assert losses(tmp_path / "run") == losses(plain)
     assert "curves.png" not in (tmp_path / "run/README.md").read_text()
@@ -216,7 +216,7 @@ def test_knn_that_fails_is_said_and_tried_again(plain, recipe, parquet_folder, t
     finished = scripted(script, tmp_path, *argv, processes=num_processes)
     assert finished.returncode == 0, finished.stderr
     said = [line for line in finished.stderr.splitlines() if "k-NN" in line]
-    assert len(said) == 1 and said[0].startswith("k-NN at step 5 failed, and training goes on"), finished.stderr
+    assert len(said) == 1 and said[0].startswith("k-NN at step 5 failed, and training continues"), finished.stderr
     assert "the network is gone" in said[0]
     log = (tmp_path / "run/train.log").read_text()
     assert log.count("k-NN at step 5 failed\nTraceback") == num_processes

@@ -4,7 +4,7 @@ import warnings
 
 from datasets import ClassLabel, Dataset
 
-from evaluation.features import choose_eval_split, extract_features, labelled
+from evaluation.features import choose_eval_split, extract_features, labeled
 from evaluation.images import load_images, split_names
 from evaluation.knn import knn_accuracy
 
@@ -62,7 +62,7 @@ class KNNEvaluation:
                 description,
                 reading=self.reading,
             )
-            features = labelled(features, split, like=train)
+            features = labeled(features, split, like=train)
             train = train or features
             banks += features.features, features.labels
         labels = self.splits[0].features["label"]

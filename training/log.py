@@ -52,7 +52,7 @@ class _File(logging.FileHandler):
             self.has_failed = True
             reason = one_line(sys.exc_info()[1])
             with suppress(OSError):
-                tqdm.write(f"{self.baseFilename} cannot be written ({reason}), and training goes on", file=sys.stderr)
+                tqdm.write(f"{self.baseFilename} cannot be written ({reason}), and training continues", file=sys.stderr)
 
 
 class _Formatter(logging.Formatter):
@@ -139,4 +139,4 @@ class RunLog(MemoryHandler):
             if what not in self.failed:
                 self.failed.add(what)
                 reason = textwrap.shorten(f"{type(error).__name__}: {one_line(error)}", 200)
-                logger.warning("%s failed, and training goes on (traceback in train.log): %s", what, reason)
+                logger.warning("%s failed, and training continues (traceback in train.log): %s", what, reason)
