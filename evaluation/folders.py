@@ -27,7 +27,8 @@ from PIL import Image as PillowImage
 from modeling_dino.command_line import one_line, printable
 
 from . import decoding
-from .decoding import HEIF_SUFFIXES, count_pages
+from .decoding import HEIF_SUFFIXES
+from .scientific_files import count_pages
 
 
 IMAGE_SUFFIXES = frozenset((*decoding.IMAGE_SUFFIXES, ".mpo"))  # Pillow's reader of JPEG reads .mpo

@@ -580,6 +580,7 @@ def test_lists_of_labels_give_one_line_error(protocol, ours, parquet_folder, tmp
         rows = load_images(str(parquet_folder), split=split)
         rows = rows.select_columns("image").add_column("label", [[label, 7] for label in rows["label"]])
         rows.to_parquet(tmp_path / f"{split}.parquet")
+    capsys.readouterr()
     argv = [protocol, "--model", ours, "--dataset_name", tmp_path]
     assert "labels must be one an image, got lists" in answer(evaluate_from_command_line, argv, capsys)
 

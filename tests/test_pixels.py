@@ -25,13 +25,13 @@ from evaluation.decoding import (
     BrokenImageError,
     EncodedImage,
     Reading,
-    count_pages,
     decode_8_bits,
     decode_image,
     pixel_hash,
 )
 from evaluation.images import load_images
 from evaluation.models import to_pixel_values
+from evaluation.scientific_files import count_pages
 from modeling_dino.image_processing_dino import DINOImageProcessor, make_image_processor, scale_values
 from training.augmentation import AugmentationArguments, MultiCrop
 from training.check import check_from_command_line

@@ -52,7 +52,8 @@ class _File(logging.FileHandler):
             self.has_failed = True
             reason = one_line(sys.exc_info()[1])
             with suppress(OSError):
-                tqdm.write(f"{self.baseFilename} cannot be written ({reason}), and training continues", file=sys.stderr)
+                line = f"{self.baseFilename} cannot be written ({reason}), and training continues"
+                tqdm.write(line, file=sys.stderr)
 
 
 class _Formatter(logging.Formatter):
