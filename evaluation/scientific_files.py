@@ -106,7 +106,7 @@ def _of_array(file, size: int, wanted: Wanted) -> Opened:
     is_first = version == (1, 0)
     read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read_header(file)
-    plain = _plain_dtype(dtype)
+    read_as = _plain_dtype(dtype)
     if len(shape) < 2 or not all(side > 0 for side in shape):
         raise ValueError(f"an array of the shape {shape} is not an image")
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -126,7 +126,7 @@ def _of_array(file, size: int, wanted: Wanted) -> Opened:
         array = array.transpose(2, 0, 1) if is_last else array.reshape(channels, height, width)
         return np.ascontiguousarray(array)
 
-    return Opened((channels, height, width), plain, read)
+    return Opened((channels, height, width), read_as, read)
 
 
 def scientific_reader(content: bytes) -> Callable[[bytes, Wanted], Opened] | None:
