@@ -7,6 +7,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, DatasetDict, Value
+from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image as PillowImage
 from sklearn.manifold import TSNE, trustworthiness
@@ -308,3 +310,20 @@ def test_out_of_bounds_is_refused():
         nearest_images(torch.eye(5), torch.eye(5), 5, range(5))
     with pytest.raises(ValueError, match="three components need 3 patches and 3 features, got 2, 5"):
         principal_components([np.ones((1, 2, 5))])
+
+
+def test_classes_of_splits_are_matched_in_frames(ours, parquet_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Two splits that number the same classes otherwise get the same frames."""
+    frames = []
+    monkeypatch.setattr(neighbours, "draw_neighbours", lambda *given: frames.append(given[-1]) or plt.figure())
+    splits = {name: load_images(str(parquet_folder), split=name) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "same")
+    splits["test"] = splits["test"].map(lambda row: {"label": 1 - row["label"]}).cast_column("label", Value("int64"))
+    splits["test"] = splits["test"].cast_column("label", ClassLabel(names=["b", "a"]))
+    DatasetDict(splits).save_to_disk(tmp_path / "swapped")
+    for name in ("same", "swapped"):
+        evaluate(
+            "neighbours", "--model", ours, "--dataset_name", tmp_path / name, "--output", tmp_path / f"{name}.png"
+        )
+    np.testing.assert_array_equal(*frames)
+    assert frames[0].any() and not frames[0].all()
