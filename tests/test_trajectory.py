@@ -85,9 +85,11 @@ def test_trajectory_is_the_originals(monkeypatch, trajectory):
             ours, theirs = weights[key], value
             if key.endswith("qkv.bias"):
                 # A bias of the keys adds the same to all scores of a query, which the softmax ignores: its gradient
-                # is rounding noise, which Adam turns into steps of full size. No two machines agree on it.
+                # is rounding noise. Adam turns noise into steps of the whole learning rate, whose signs no two
+                # machines agree on: theirs and ours may drift apart by twice the sum of the learning rates.
                 queries, keys, values = range(48), range(48, 96), range(96, 144)
-                torch.testing.assert_close(ours[list(keys)], theirs[list(keys)], rtol=0, atol=5e-4)
+                drift = 2 * expected["lr"].sum().item() if args.optimizer == "adamw" else 5e-6
+                torch.testing.assert_close(ours[list(keys)], theirs[list(keys)], rtol=0, atol=drift)
                 both = [*queries, *values]
                 ours, theirs = ours[both], theirs[both]
             torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6, msg=f"{name} {key}")
