@@ -8,7 +8,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 
 _AT_LEAST_ONE = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"),
     *("out_dim", "head_hidden_dim", "head_bottleneck_dim", "head_num_layers", "n_last_blocks"),
 )
 # fields of our Vision Transformer, which say nothing about another network
@@ -52,7 +52,8 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0):
             Stochastic depth of the last block; grows linearly from 0 in the first. The paper trains with 0.1.
         initializer_range (`float`, defaults to 0.02): Standard deviation of Linear weights and embeddings.
-        image_size (`int`, defaults to 224): Side in pixels that the position embeddings are stored for.
+        image_size (`int` or `[height, width]`, defaults to 224):
+            Size in pixels that the position embeddings are stored for.
         patch_size (`int`, defaults to 16): Side of a patch in pixels; must divide `image_size`.
         num_channels (`int`, defaults to 3): Channels of the images.
         position_interpolation (`str`, defaults to `"scale_factor"`):
@@ -86,6 +87,9 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features (`list[str]`, *optional*):
             Which of `stem`, `stage1`, ..., one a block, [`DINOBackbone`] returns. Default: the last.
         out_indices (`list[int]`, *optional*): The same by number; 0 is `stem`.
+        reshape_hidden_states (`bool`, defaults to `True`):
+            Whether [`DINOBackbone`] returns maps `(batch_size, hidden_size, height, width)` of patches, or tokens
+            `(batch_size, 1 + patches, hidden_size)` with CLS, as DPT takes them.
 
     Raises:
         A type error of `huggingface_hub` for a value of the wrong type, `ValueError` for sizes that do not fit.
@@ -110,7 +114,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
-    image_size: int = 224
+    image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
     position_interpolation: str = "scale_factor"
@@ -125,6 +129,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     avgpool_patchtokens: bool = False
     interleave_features: bool = False
     freeze_backbone: bool = False
+    reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -138,7 +143,14 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
         kwargs["auto_map"] = dict(_AUTO_MAP)
         super().__post_init__(**kwargs)
 
+    @property
+    def image_height_and_width(self) -> tuple[int, int]:
+        """`image_size` as two numbers."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+
     def validate_sizes(self):
+        if len(self.image_height_and_width) != 2 or min(self.image_height_and_width) < 1:
+            raise ValueError(f"image_size must be one number or [height, width], at least 1, got {self.image_size}")
         for name, value in vars(self).items():
             if name in _AT_LEAST_ONE and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -147,7 +159,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
-        if self.backbone_config is None and self.image_size % self.patch_size:
+        if self.backbone_config is None and any(side % self.patch_size for side in self.image_height_and_width):
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
             )

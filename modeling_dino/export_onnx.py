@@ -11,42 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .modeling_dino import DINOEmbeddings, DINOForImageClassification, DINOModel
+from .modeling_dino import DINOForImageClassification, DINOModel
 
 
 TOLERANCE = 1e-4  # of outputs in onnxruntime against PyTorch's, which above 1 counts in parts of the largest
-
-
-def _bicubic(num_rows: int, grid_size: int, scale: torch.Tensor) -> torch.Tensor:
-    """PyTorch's bicubic resampling of `grid_size` rows, with two more at either edge: (num_rows, grid_size + 4)."""
-    a = -0.75  # of the cubic convolution that PyTorch takes
-    row = (torch.arange(num_rows) + 0.5) / scale - 0.5
-    distance = (row[:, None] - torch.arange(-2, grid_size + 2)).abs()
-    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
-
-
-class _ExportedEmbeddings(DINOEmbeddings):
-    """Position embeddings by arithmetic that holds for any size.
-
-    `interpolate` takes its scale for a constant when it is exported, and so does a comparison with the native size.
-    """
-
-    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        rows, columns = torch.scalar_tensor(height), torch.scalar_tensor(width)
-        if self.config.position_interpolation == "scale_factor":
-            is_native = (rows == self.grid_size) & (columns == self.grid_size)
-            offset = torch.where(is_native, 0.0, 0.1)
-        else:
-            offset = 0.0
-        cls_position, patch_positions = self.position_embeddings.split([1, self.grid_size**2], dim=1)
-        grid = patch_positions[0].unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)
-        grid = nn.functional.pad(grid, (2, 2, 2, 2), mode="replicate")  # (hidden, grid + 4, grid + 4)
-        by_row = _bicubic(height, self.grid_size, (rows + offset) / self.grid_size)
-        by_column = _bicubic(width, self.grid_size, (columns + offset) / self.grid_size)
-        grid = by_row @ grid @ by_column.T  # (hidden, height, width)
-        return torch.cat([cls_position, grid.flatten(1).T[None]], dim=1)
 
 
 class _Outputs(nn.Module):
@@ -82,11 +50,12 @@ def save_as_onnx(model: DINOModel | DINOForImageClassification, path: Path, dyna
     except ImportError as error:
         raise ValueError(f"--to onnx needs {error.name}: pip install 'dino-hf[onnx]'") from error
     names = ["logits"] if isinstance(model, DINOForImageClassification) else ["last_hidden_state", "pooler_output"]
-    model = copy.deepcopy(model)  # whose embeddings are about to change
-    outputs = _Outputs(model, names).eval()
-    config, size = model.config, model.config.image_size
+    outputs = _Outputs(copy.deepcopy(model), names).eval()
+    config, (height, width) = model.config, model.config.image_height_and_width
     step = config.patch_size if config.backbone_config is None else 32
-    sizes = [(size, size), (2 * step, 3 * step), (size + step, size)] if dynamic_image_size else [(size, size)]
+    sizes = [(height, width)]
+    if dynamic_image_size:
+        sizes += [(2 * step, 3 * step), (height + step, width)]
     examples = [torch.rand(batch, config.num_channels, *sides) for batch, sides in enumerate(sizes + sizes, start=1)]
     try:
         with torch.no_grad():
@@ -96,9 +65,6 @@ def save_as_onnx(model: DINOModel | DINOForImageClassification, path: Path, dyna
 
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {0: dynamic} | ({2: dynamic, 3: dynamic} if dynamic_image_size else {})
-    if config.backbone_config is None and dynamic_image_size:
-        backbone = model if isinstance(model, DINOModel) else model.dino
-        backbone.embeddings.__class__ = _ExportedEmbeddings
     for logger in ("torch.onnx", "onnxscript"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -140,7 +140,7 @@ class DINOImageProcessor(ViTImageProcessor):
 
 
 def make_image_processor(
-    image_size: int,
+    image_size: int | Sequence[int],
     num_channels: int = 3,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
@@ -154,7 +154,7 @@ def make_image_processor(
     PIL images, where Pillow knows the number of channels. Images that are not of 8 bits take `DINOImageProcessor`.
 
     Args:
-        image_size: Side of the crop.
+        image_size: Side of the crop, or its height and width; the longer one then counts for the resize.
         num_channels: Channels that the network takes.
         image_mean: Mean of each channel, of 1; one value serves all.
         image_std: Standard deviation of each channel, of 1; one value serves all.
@@ -169,11 +169,12 @@ def make_image_processor(
     mean, std = (
         list(values) * num_channels if len(values) == 1 else list(values) for values in (image_mean, image_std)
     )
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return processor_class(
-        size={"shortest_edge": round(image_size / crop_pct)},
+        size={"shortest_edge": round(max(height, width) / crop_pct)},
         resample=Resampling.BICUBIC,
         do_center_crop=True,
-        crop_size={"height": image_size, "width": image_size},
+        crop_size={"height": height, "width": width},
         image_mean=mean,
         image_std=std,
         **options,

@@ -6,7 +6,7 @@ clipped per parameter), and the patch projection and the prototypes keep PyTorch
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
@@ -41,6 +41,12 @@ _PIXEL_VALUES = r"""
         height and width that the patch size divides.
 """
 
+_INTERMEDIATE_LAYERS = r"""
+    intermediate_layers (`Collection[int]`, *optional*):
+        Numbers of the Vision Transformer's blocks, from 1, after which tokens are returned as they are, without the
+        final norm; 0 is before the first block. Unlike `output_hidden_states`, it compiles without a graph break.
+"""
+
 _CLS_ONLY = r"""
     cls_only (`bool`, defaults to `False`):
         Spares the Vision Transformer's last block all tokens but CLS, for the same `pooler_output`: its
@@ -61,16 +67,44 @@ class DINOPatchEmbeddings(nn.Module):
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
+def _resample_in_export(grid: torch.Tensor, height: int, width: int, offset: float) -> torch.Tensor:
+    """Resample (1, hidden, rows, columns) to (1, hidden, height, width), for any size of an exported program.
+
+    PyTorch's bicubic resampling by `(size + offset) / number stored` in matrix products: `interpolate` would make its
+    scale a constant of the program. The size that is stored has no offset.
+    """
+    rows, columns = grid.shape[-2:]
+    num_rows, num_columns = torch.scalar_tensor(height), torch.scalar_tensor(width)
+    is_stored = (num_rows == rows) & (num_columns == columns)
+    offset = torch.where(is_stored, 0.0, offset)
+    grid = nn.functional.pad(grid, (2, 2, 2, 2), mode="replicate")
+    by_row = _bicubic_weights(height, rows, (num_rows + offset) / rows).to(grid.device)
+    by_column = _bicubic_weights(width, columns, (num_columns + offset) / columns).to(grid.device)
+    return by_row @ grid @ by_column.T
+
+
+def _bicubic_weights(size: int, num_stored: int, scale: torch.Tensor) -> torch.Tensor:
+    """Return each of `size` rows as a sum of `num_stored` and two more on either side: (size, num_stored + 4)."""
+    a = -0.75  # of PyTorch's cubic convolution
+    row = (torch.arange(size) + 0.5) / scale - 0.5
+    distance = (row[:, None] - torch.arange(-2, num_stored + 2)).abs()
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+    return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+
+
 class DINOEmbeddings(nn.Module):
     """Patches, the CLS token in front of them, and learned position embeddings for any image size."""
 
     def __init__(self, config: DINOConfig):
         super().__init__()
         self.config = config
-        self.grid_size = config.image_size // config.patch_size
+        height, width = config.image_height_and_width
+        self.grid_size = height // config.patch_size, width // config.patch_size
+        num_patches = self.grid_size[0] * self.grid_size[1]
         self.patch_embeddings = DINOPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_patches, config.hidden_size))
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
         """Position embeddings (1, 1 + height * width, hidden) for a grid of `height` x `width` patches.
@@ -78,15 +112,19 @@ class DINOEmbeddings(nn.Module):
         The original passes `scale_factor = (height + 0.1) / grid_size` to the bicubic resampling, and PyTorch then
         samples in steps of its inverse: 96 pixels at patch 16 read row 0.648 of the 14 stored ones, not row 0.667.
         """
-        if height == width == self.grid_size:
+        is_exported = torch.compiler.is_exporting()  # for which a comparison would make the size a constant
+        if not is_exported and (height, width) == self.grid_size:
             return self.position_embeddings
-        cls_position, patch_positions = self.position_embeddings.split([1, self.grid_size**2], dim=1)
-        if self.config.position_interpolation == "scale_factor":
-            target = {"scale_factor": ((height + 0.1) / self.grid_size, (width + 0.1) / self.grid_size)}
+        cls_position, patch_positions = self.position_embeddings.tensor_split([1], dim=1)
+        grid = patch_positions.unflatten(1, self.grid_size).permute(0, 3, 1, 2)  # (1, hidden, *grid_size)
+        has_offset = self.config.position_interpolation == "scale_factor"
+        if is_exported:
+            grid = _resample_in_export(grid.float(), height, width, 0.1 if has_offset else 0.0)
         else:
-            target = {"size": (height, width)}
-        grid = patch_positions.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(grid.float(), mode="bicubic", align_corners=False, **target)
+            rows, columns = self.grid_size
+            target = {"scale_factor": ((height + 0.1) / rows, (width + 0.1) / columns)}
+            target = target if has_offset else {"size": (height, width)}
+            grid = nn.functional.interpolate(grid.float(), mode="bicubic", align_corners=False, **target)
         patch_positions = grid.to(cls_position.dtype).flatten(2).transpose(1, 2)  # (1, height * width, hidden)
         return torch.cat([cls_position, patch_positions], dim=1)
 
@@ -312,6 +350,18 @@ class DINOPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight_g)
 
 
+@auto_docstring(custom_intro="Output of [`DINOModel`].")
+@dataclass
+class DINOModelOutput(BaseModelOutputWithPooling):
+    r"""
+    intermediate_layers (`tuple(torch.FloatTensor)`, *optional*, returned when `intermediate_layers` is given):
+        Tokens after these blocks, in the order of the blocks, each of shape `(batch_size, sequence_length,
+        hidden_size)`, without the final norm.
+    """
+
+    intermediate_layers: tuple[torch.FloatTensor, ...] | None = None
+
+
 @auto_docstring(
     custom_intro="""
     The network that DINO trains, without a head: its Vision Transformer, which takes any image size that the patch
@@ -329,6 +379,7 @@ class DINOModel(DINOPreTrainedModel):
             self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         else:
             self.backbone = build_network(config.backbone_config)
+            self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.post_init()
 
     @property
@@ -340,10 +391,14 @@ class DINOModel(DINOPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    @auto_docstring(custom_args=_PIXEL_VALUES + _CLS_ONLY)
+    @auto_docstring(custom_args=_PIXEL_VALUES + _CLS_ONLY + _INTERMEDIATE_LAYERS)
     def forward(
-        self, pixel_values: torch.Tensor, cls_only: bool = False, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
+        self,
+        pixel_values: torch.Tensor,
+        cls_only: bool = False,
+        intermediate_layers: Collection[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DINOModelOutput:
         r"""
         Example:
 
@@ -359,18 +414,29 @@ class DINOModel(DINOPreTrainedModel):
         torch.Size([1, 197, 384])
         ```
         """
+        for name in ("attention_mask", "head_mask", "bool_masked_pos"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} must be None: the network sees every patch of every image. Leave it out.")
         if self.config.backbone_config is not None:
             last_hidden_state, features = run_network(self.backbone, pixel_values, **kwargs)
-            return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=features)
+            return DINOModelOutput(last_hidden_state=last_hidden_state, pooler_output=features)
+        numbers = () if intermediate_layers is None else intermediate_layers
         hidden_states = self.embeddings(pixel_values)
-        for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, **kwargs)
-        hidden_states = self.layers[-1](hidden_states, cls_only=cls_only, **kwargs)
+        intermediate = [hidden_states] if 0 in numbers else []
+        for number, layer in enumerate(self.layers, start=1):
+            is_last = number == len(self.layers)
+            hidden_states = layer(hidden_states, cls_only=cls_only and is_last, **kwargs)
+            if number in numbers:
+                intermediate.append(hidden_states)
         hidden_states = self.layernorm(hidden_states)  # (batch, 1 + patches, hidden)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+        return DINOModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            intermediate_layers=None if intermediate_layers is None else tuple(intermediate),
+        )
 
     def get_intermediate_layers(self, pixel_values: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
-        """The tokens (batch, 1 + patches, hidden) that the last `n` blocks put out, each after the final norm.
+        """Return the tokens (batch, 1 + patches, hidden) after each of the last `n` blocks and the final norm.
 
         Earliest block first. `get_intermediate_layers` of the original; `output_hidden_states=True` gives them without
         the norm.
@@ -380,14 +446,11 @@ class DINOModel(DINOPreTrainedModel):
         """
         if self.config.backbone_config is not None:
             raise ValueError(f"{type(self.backbone).__name__} has no blocks of a Vision Transformer")
-        if not 1 <= n <= len(self.layers):
-            raise ValueError(f"n must be from 1 to the network's {len(self.layers)} blocks, got {n}")
-        hidden_states, outputs = self.embeddings(pixel_values), []
-        for number, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states)
-            if number >= len(self.layers) - n:
-                outputs.append(self.layernorm(hidden_states))
-        return outputs
+        num_layers = len(self.layers)
+        if not 1 <= n <= num_layers:
+            raise ValueError(f"n must be from 1 to the network's {num_layers} blocks, got {n}")
+        output = self(pixel_values, intermediate_layers=range(num_layers - n + 1, num_layers + 1))
+        return [self.layernorm(tokens) for tokens in output.intermediate_layers]
 
 
 @auto_docstring(custom_intro="Output of [`DINOForPreTraining`].")
@@ -406,13 +469,18 @@ class DINOForPreTrainingOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @auto_docstring(custom_intro="Backbone and projection head: student and teacher of DINO are two of these.")
 class DINOForPreTraining(DINOPreTrainedModel):
+    accepts_loss_kwargs = False  # of transformers' Trainer, which then divides the loss by accumulated batches
+
     def __init__(self, config: DINOConfig):
         super().__init__(config)
         self.dino = DINOModel(config)
+        self.supports_gradient_checkpointing = self.dino.supports_gradient_checkpointing
         self.head = DINOHead(config, self.dino.num_features)
         self.post_init()
 
@@ -433,6 +501,8 @@ class DINOForPreTraining(DINOPreTrainedModel):
             what the last layer is given, `(num_crops * batch_size, head_bottleneck_dim)`, and of the last layer, whose
             weights are `weight_v` and `weight_g`. What it returns is the output's `loss`.
 
+        `output_hidden_states` and `output_attentions` are for crops of one height and width.
+
         Example:
 
         ```python
@@ -452,12 +522,23 @@ class DINOForPreTraining(DINOPreTrainedModel):
                 resolutions[-1].append(crop)
             else:
                 resolutions.append([crop])
-        features = torch.cat(
-            [self.dino(torch.cat(group), cls_only=True, **kwargs).pooler_output for group in resolutions]
+        recorded = ("output_hidden_states", "output_attentions")
+        is_recording = any(kwargs.get(name, getattr(self.config, name)) for name in recorded)
+        if is_recording and len(resolutions) > 1:
+            raise ValueError(
+                f"{' and '.join(recorded)} are for crops of one size, got {len(resolutions)} sizes. Pass the crops of "
+                "each size on their own."
+            )
+        outputs = [self.dino(torch.cat(group), cls_only=not is_recording, **kwargs) for group in resolutions]
+        features = torch.cat([output.pooler_output for output in outputs])
+        head_output = self.head(features, criterion)
+        return DINOForPreTrainingOutput(
+            loss=None if criterion is None else head_output,
+            logits=head_output if criterion is None else None,
+            pooler_output=features,
+            hidden_states=outputs[0].hidden_states,
+            attentions=outputs[0].attentions,
         )
-        if criterion is None:
-            return DINOForPreTrainingOutput(logits=self.head(features), pooler_output=features)
-        return DINOForPreTrainingOutput(loss=self.head(features, criterion), pooler_output=features)
 
 
 @auto_docstring(
@@ -472,6 +553,7 @@ class DINOForImageClassification(DINOPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.dino = DINOModel(config)
+        self.supports_gradient_checkpointing = self.dino.supports_gradient_checkpointing
         num_features = self.dino.num_features
         if config.backbone_config is None:
             if config.n_last_blocks > config.num_hidden_layers:
@@ -481,24 +563,30 @@ class DINOForImageClassification(DINOPreTrainedModel):
                 )
             num_features *= config.n_last_blocks + config.avgpool_patchtokens
         self.classifier = DINOClassifier(num_features, config.num_labels)
+        self.backbone_modules = list(self.dino.modules())  # without those that PEFT will add to them
         self.post_init()
-        self.dino.requires_grad_(not config.freeze_backbone)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "DINOForImageClassification":
-        """As of any module, but that a frozen backbone stays in evaluation mode, and frozen.
+        """Set the mode of all modules but a frozen backbone's, which stay in evaluation mode, and frozen.
 
-        `from_pretrained`, which makes every parameter trainable, ends here too.
+        `from_pretrained`, which makes every parameter trainable, ends here too. Adapters in a frozen backbone train.
         """
         super().train(mode)
         if self.config.freeze_backbone:
-            self.dino.eval().requires_grad_(False)
+            for module in self.backbone_modules:
+                module.training = False
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
         return self
 
-    def features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What the classifier sees, (batch, in_features), of the Vision Transformer's `hidden_states`. The original's
-        `eval_linear.py`."""
+    def features(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return what the classifier sees of the tokens after the last `n_last_blocks` blocks, (batch, in_features).
+
+        `eval_linear.py` of the original.
+        """
         config = self.config
-        layers = [self.dino.layernorm(tokens) for tokens in hidden_states[-config.n_last_blocks :]]
+        layers = [self.dino.layernorm(tokens) for tokens in blocks]
         features = [tokens[:, 0] for tokens in layers]
         if config.avgpool_patchtokens:
             features.append(layers[-1][:, 1:].mean(1))
@@ -525,21 +613,38 @@ class DINOForImageClassification(DINOPreTrainedModel):
         >>> model(torch.randn(4, 3, 224, 224), labels=torch.tensor([0, 3, 9, 3])).loss.backward()
         ```
         """
-        output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         if self.config.backbone_config is None:
-            output = self.dino(pixel_values, output_hidden_states=True, **kwargs)
-            features = self.features(output.hidden_states)
+            last = range(self.config.num_hidden_layers + 1)[-self.config.n_last_blocks :]
+            output = self.dino(pixel_values, intermediate_layers=last, **kwargs)
+            features = self.features(output.intermediate_layers)
         else:
-            output = self.dino(pixel_values, output_hidden_states=output_hidden_states, **kwargs)
+            output = self.dino(pixel_values, **kwargs)
             features = output.pooler_output
         logits = self.classifier(features)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss(labels, logits, **kwargs)
         return ImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states if output_hidden_states else None,
-            attentions=output.attentions,
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
+
+    def loss(
+        self,
+        labels: torch.Tensor,
+        logits: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Return the mean loss over the labels, a scalar: cross-entropy of classes, or by `config.problem_type`.
+
+        transformers' Trainer gives the labels of all batches that it accumulates as `num_items_in_batch`, and sums
+        the losses: each is then this batch's share.
+        """
+        loss = self.loss_function(labels, logits, self.config)
+        if num_items_in_batch is None:
+            return loss
+        num_items = (
+            (labels != -100).sum() if self.config.problem_type == "single_label_classification" else labels.numel()
+        )
+        return loss * num_items / num_items_in_batch
 
 
 @auto_docstring(custom_intro="The DINO Vision Transformer as a backbone of dense heads (DETR, UperNet, ...).")
@@ -552,10 +657,10 @@ class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
             )
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.dino = DINOModel(config)
+        self.supports_gradient_checkpointing = self.dino.supports_gradient_checkpointing
         self.post_init()
 
     @can_return_tuple
-    @filter_output_hidden_states
     @auto_docstring(custom_args=_PIXEL_VALUES)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         r"""
@@ -570,16 +675,15 @@ class DINOBackbone(BackboneMixin, DINOPreTrainedModel):
         torch.Size([1, 384, 14, 14])
         ```
         """
-        output = self.dino(pixel_values, **kwargs)
-        grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
-        feature_maps = tuple(
+        stages = [number for number, name in enumerate(self.stage_names) if name in self.out_features]
+        output = self.dino(pixel_values, intermediate_layers=stages, **kwargs)
+        feature_maps = [self.dino.layernorm(tokens) for tokens in output.intermediate_layers]
+        if self.config.reshape_hidden_states:
+            grid = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
             # (batch, 1 + patches, hidden) -> (batch, hidden, height, width) of the grid of patches
-            self.dino.layernorm(tokens)[:, 1:].transpose(1, 2).unflatten(2, grid)
-            for name, tokens in zip(self.stage_names, output.hidden_states)
-            if name in self.out_features
-        )
+            feature_maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in feature_maps]
         return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=output.hidden_states, attentions=output.attentions
+            feature_maps=tuple(feature_maps), hidden_states=output.hidden_states, attentions=output.attentions
         )
 
 

@@ -54,12 +54,12 @@ def run_network(network: PreTrainedModel, pixel_values: torch.Tensor, **kwargs) 
         ValueError: a network without pooled features, or outputs that are not passed on.
     """
     for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name):
+        if kwargs.get(name, getattr(network.config, name)):
             raise ValueError(f"{name} is for DINO's own Vision Transformer: ask it of `model.backbone`")
     if network.config.model_type == "swin":
         _set_shifts_of_swin(network, *pixel_values.shape[-2:])
         kwargs["always_partition"] = True
-    output = network(pixel_values, **kwargs)
+    output = network(pixel_values, **{name: value for name, value in kwargs.items() if value is not None})
     if output.get("pooler_output") is None:
         raise ValueError(f"a {type(network).__name__} gives no pooled features")
     return output.last_hidden_state, output.pooler_output.flatten(1)

@@ -48,10 +48,10 @@ def fused_cross_entropy(
         crops: Which of the student's crops the rows are of. Default: all.
 
     Raises:
-        ValueError: if the rows are not a whole number of images.
+        ValueError: rows of a part of an image, or of fewer than two crops.
     """
     crops = range(num_crops) if crops is None else crops
-    check_rows(len(bottleneck), len(targets), len(crops))
+    check_rows(len(bottleneck), len(targets), num_crops, len(crops))
     device_type = bottleneck.device.type
     is_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if is_autocast else bottleneck.dtype
@@ -62,16 +62,26 @@ def fused_cross_entropy(
     return FusedLoss(*outputs)
 
 
-def check_rows(num_student_rows: int, num_teacher_rows: int, num_crops: int) -> None:
-    """
+def check_rows(num_student_rows: int, num_teacher_rows: int, num_crops: int, num_given: int | None = None) -> None:
+    """Check that rows are those of whole images.
+
+    Args:
+        num_student_rows: `num_given` times the batch.
+        num_teacher_rows: From one to `num_crops` times the batch.
+        num_crops: Student crops per image, at least 2: a crop is not compared with itself.
+        num_given: Student crops whose rows are given. Default: all.
+
     Raises:
-        ValueError: if the rows are not those of a whole number of images.
+        ValueError: if they are not.
     """
-    batch_size, rest = divmod(num_student_rows, num_crops)
-    if rest or not batch_size or not num_teacher_rows or num_teacher_rows % batch_size:
+    if num_crops < 2:
+        raise ValueError(f"num_crops must be at least 2, as a crop is not compared with itself, got {num_crops}")
+    num_given = num_crops if num_given is None else num_given
+    batch_size, rest = divmod(num_student_rows, num_given)
+    if rest or not batch_size or num_teacher_rows not in range(batch_size, num_crops * batch_size + 1, batch_size):
         raise ValueError(
-            f"student rows must be num_crops = {num_crops} times the batch, and teacher rows a multiple of the "
-            f"batch, got {num_student_rows} and {num_teacher_rows}"
+            f"student rows must be num_crops = {num_given} times the batch, and teacher rows a multiple of the batch, "
+            f"at most num_crops times, got {num_student_rows} and {num_teacher_rows}"
         )
 
 

@@ -128,7 +128,7 @@ class DINOLoss(nn.Module):
             num_crops: Student crops per image.
 
         Raises:
-            ValueError: if the rows are not a whole number of images.
+            ValueError: rows of a part of an image, or of fewer than two crops.
         """
         return self.cross_entropy(student_logits, self.teacher_probs(teacher_logits.detach(), teacher_temp), num_crops)
 

@@ -52,14 +52,14 @@ def usage(
         ending: Of the name of an image's file, as .tif.
         trust_remote_code: Whether the code beside it is used.
     """
-    num_channels, size = backbone.config.num_channels, backbone.config.image_size
+    num_channels, (height, width) = backbone.config.num_channels, backbone.config.image_height_and_width
     if isinstance(image_processor, DINOImageProcessor):
         library, image, options = _reader(ending, args.tiff_pages)
     elif num_channels in PILLOW_MODES:
         library, image = "PIL.Image", f'PIL.Image.open("image.jpg").convert("{PILLOW_MODES[num_channels]}")'
         options = "" if num_channels == 3 else ', input_data_format="channels_last"'
     else:
-        library, image = "numpy", f'numpy.zeros(({num_channels}, {size}, {size}), "uint8")'
+        library, image = "numpy", f'numpy.zeros(({num_channels}, {height}, {width}), "uint8")'
         options = ', input_data_format="channels_first"'
     modules, trust = (library, ", trust_remote_code=True") if trust_remote_code else (f"modeling_dino, {library}", "")
     return f'''\

@@ -225,7 +225,9 @@ def _train(
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     if args.gradient_checkpointing:
         try:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            # older versions of transformers know the second name alone
+            enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         except ValueError as error:
             kind = config.backbone_config.model_type
             raise ValueError(f"gradient_checkpointing: a {kind} cannot, leave it out") from error
