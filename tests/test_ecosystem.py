@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
     DetrConfig,
     DetrForObjectDetection,
     DPTConfig,
@@ -178,6 +180,13 @@ def make_dpt() -> nn.Module:
     return DPTForDepthEstimation(DPTConfig(backbone_config=backbone_config, **sizes))
 
 
+def make_depth_anything() -> nn.Module:
+    backbone_config = make_config(out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "patch_size": 8, "neck_hidden_sizes": [8, 8, 16, 16],
+             "fusion_hidden_size": 16, "head_hidden_size": 8}  # fmt: skip
+    return DepthAnythingForDepthEstimation(DepthAnythingConfig(backbone_config=backbone_config, **sizes))
+
+
 def make_upernet() -> nn.Module:
     sizes = {"hidden_size": 16, "auxiliary_in_channels": 32, "auxiliary_channels": 8, "num_labels": 3}
     return UperNetForSemanticSegmentation(
@@ -207,6 +216,7 @@ def masks() -> torch.Tensor:
 
 DENSE = {
     "dpt": (make_dpt, {}),
+    "depth_anything": (make_depth_anything, {}),
     "upernet": (make_upernet, {"labels": masks()}),
     "mask2former": (
         make_mask2former,

@@ -1,4 +1,4 @@
-"""The tests that transformers runs on its own models pass for ours, but for those that cannot apply."""
+"""Run transformers' own tests of models, backbones and pipelines on the models of this package."""
 
 import json
 import os
@@ -19,14 +19,15 @@ from .original import tiny_config
 
 
 TRANSFORMERS = version("transformers")
-# a pattern of the reasons that transformers gives for a skip: why that test does not apply to the models
+# transformers' reason for a skip, as a pattern: why the test does not apply to the models
 SKIPS = {
-    "test requires .*": "It needs an accelerator, or a package for another kind of model.",
-    "test is slow": "It needs an accelerator too.",
+    "test requires (accelerator|multiple accelerators|MPS)|test is slow": "The tests run on the CPU.",
+    "test requires (Flash Attention|deepspeed|the kernels library).*": "The package needs an accelerator.",
+    "test requires PyTesseract": "The pipeline reads documents.",
     "Do not take a cache .*|No (decoder-only|sequence-to-sequence) .*|.*sliding window.*": "They generate no text.",
     ".*(RoPE|sparse experts|router_logits|grouped_mm).*": "They have learned positions and no experts.",
     ".*inputs_embeds.*|test_resize_embeddings .*|.*with gradient checkpointing[.]": "They have no embedding of words.",
-    "Model does not have position embeddings": "Position embeddings follow the image size without being asked.",
+    "Model does not have position embeddings": "Position embeddings follow the size of the images.",
     ".* composite.*|.* does not support SDPA|Parts of .* don't support sdpa": "They have one configuration each.",
     "No conversion found .*": "Checkpoints need no renaming of weights.",
     ".*_keep_in_fp32_modules.*|.* TP plan.*": "They need neither fp32 modules nor a plan for tensor parallelism.",
@@ -39,7 +40,7 @@ SKIPS = {
 
 @pytest.fixture(scope="module")
 def folder(request) -> Path:
-    """The tests of the installed transformers as `transformers_tests`, downloaded once, in pytest's cache."""
+    """A folder in pytest's cache with `transformers_tests`, the tests of the installed version, downloaded once."""
     folder = request.config.cache.mkdir(f"transformers-{TRANSFORMERS}")
     with FileLock(folder / "lock"):
         if not (folder / "complete").exists():
@@ -85,6 +86,7 @@ def test_transformers_own_tests_pass(suite, folder, tiny_models):
         [sys.executable, "-m", "pytest", *options, f"tests/transformers_suite.py::{suite}"],
         capture_output=True, text=True, env=os.environ | {
             "PYTHONPATH": os.pathsep.join([os.getcwd(), str(folder), os.environ.get("PYTHONPATH", "")]),
+            "TRANSFORMERS_TEST_DEVICE": "cpu",
             "TRANSFORMERS_TINY_MODEL_PATH": str(tiny_models),
         },
     )  # fmt: skip
