@@ -360,10 +360,15 @@ def _only_backbone(state: State) -> State:
 
 
 def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_patchtokens: bool) -> None:
-    """Puts a classifier of the original's `eval_linear.py` on the backbone of `source`.
+    """Put a classifier of the original's `eval_linear.py` on the backbone of `source`, and print what it takes.
 
-    Unless it is said how it was made, its width tells: of as many last blocks, or, on ViT-B, of one block and the mean
-    of its patches, as in the released ones.
+    The width tells from how many last blocks it takes CLS. With the mean of the last block's patches, the original
+    takes one block, and CLS and mean alternate channel by channel. A width of two blocks on ViT-B is read so, as in
+    the released classifiers, unless `n_last_blocks` is given. The mean beside several blocks, which the original
+    cannot train, follows them.
+
+    Raises:
+        ValueError: a file without a linear classifier, or one of another width.
     """
     check_files(path)
     content = read_pickle(path)
@@ -380,17 +385,38 @@ def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_pa
     source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
     config.num_labels, width = state["classifier.weight"].shape
     if config.backbone_config is not None:  # of its pooled features; another width shows as misshapen
+        if n_last_blocks is not None or avgpool_patchtokens:
+            network = config.backbone_config.model_type
+            raise ValueError(
+                f"n_last_blocks and avgpool_patchtokens are for Vision Transformers, got a {network}. Leave them out."
+            )
+        print("the classifier takes the network's pooled features")
         return
     blocks, rest = divmod(width, config.hidden_size)
     if rest or not blocks:
         raise ValueError(f"{path} takes features of width {width}, no multiple of the backbone's {config.hidden_size}")
     guessed_base = n_last_blocks is None and config.hidden_size == 768 and blocks == 2
     pooled = avgpool_patchtokens or guessed_base
-    config.n_last_blocks = n_last_blocks or blocks - pooled
-    config.avgpool_patchtokens = pooled
-    config.interleave_features = pooled and config.n_last_blocks == 1
-    mean = " and the mean of its patches, by turns" if pooled else ""
-    print(f"the classifier takes CLS of the last {config.n_last_blocks} blocks{mean}")
+    if blocks == pooled:
+        raise ValueError(
+            f"the width of features must be at least {2 * width} with avgpool_patchtokens, got {width} in {path}. "
+            "Leave --avgpool_patchtokens out."
+        )
+    if n_last_blocks not in (None, blocks - pooled):
+        mean = ", one of them the mean of patches" if pooled else ""
+        raise ValueError(
+            f"n_last_blocks must be {blocks - pooled} for features of width {width}{mean}, got {n_last_blocks}. Leave "
+            "it out."
+        )
+    n_last_blocks = blocks - pooled
+    config.n_last_blocks, config.avgpool_patchtokens = n_last_blocks, pooled
+    config.interleave_features = pooled and n_last_blocks == 1
+    if config.interleave_features:
+        print("the classifier takes CLS of the last block and the mean of its patches, alternating channel by channel")
+    else:
+        which = "block" if n_last_blocks == 1 else f"{n_last_blocks} blocks, one after another"
+        mean = ", then the mean of the last block's patches" if pooled else ""
+        print(f"the classifier takes CLS of the last {which}{mean}")
 
 
 def build(config: DINOConfig, state: State, allow_partial: bool = False) -> DINOPreTrainedModel:
@@ -497,8 +523,9 @@ def convert(
         key: `teacher` or `student`: this backbone alone of a training checkpoint. Default: both networks, with heads
             and centre, which training goes on from.
         linear: A linear classifier of the original that belongs to the backbone.
-        n_last_blocks: Of how many last blocks `linear` takes CLS. Default: as its width tells.
-        avgpool_patchtokens: Whether `linear` takes the mean of the patches too.
+        n_last_blocks: From how many last blocks `linear` takes CLS. Default: as its width tells.
+        avgpool_patchtokens: Whether `linear` takes the mean of the last block's patches too, alternating with CLS
+            channel by channel if that is of one block, else after it.
         num_attention_heads: If heads are not 64 wide.
         dynamic_image_size: Whether ONNX takes images of any size, instead of the network's own.
         allow_partial: Takes weights that do not fit for what fits of them.
@@ -511,6 +538,8 @@ def convert(
         raise ValueError(f"{output} is there already; give another {'file' if to_file else 'folder'} to write")
     if dynamic_image_size and to != "onnx":
         raise ValueError("--dynamic_image_size is for --to onnx; all others take any image size")
+    if linear is None and (n_last_blocks is not None or avgpool_patchtokens):
+        raise ValueError("n_last_blocks and avgpool_patchtokens are of a classifier. Give it by --linear.")
     with _damage_named(source):
         read_source = read(source, key, num_attention_heads)
     if linear is not None:
@@ -563,8 +592,17 @@ def convert_from_command_line(argv: list[str]) -> None:
     )
     parser.add_argument("--key", choices=["teacher", "student"], help="this backbone alone of a training checkpoint")
     parser.add_argument("--linear", help=".pth of the original's linear classifier for this backbone")
-    parser.add_argument("--n_last_blocks", type=int, help="that --linear takes CLS of (default: as its width tells)")
-    parser.add_argument("--avgpool_patchtokens", action="store_true", help="--linear takes the mean of patches too")
+    parser.add_argument(
+        "--n_last_blocks",
+        type=int,
+        help="number of last blocks whose CLS tokens --linear takes, one after another. Default: as its width tells",
+    )
+    parser.add_argument(
+        "--avgpool_patchtokens",
+        action="store_true",
+        help="mean of the last block's patches as input of --linear too: alternating with CLS channel by channel if "
+        "that is of one block, as in the original, else after it. Default: for ViT-B, as its width tells",
+    )
     parser.add_argument("--num_attention_heads", type=int, help="if heads are not 64 wide")
     parser.add_argument("--dynamic_image_size", action="store_true", help="with --to onnx, take images of any size")
     parser.add_argument("--allow_partial", action="store_true", help="take what fits, and say what stays random")
