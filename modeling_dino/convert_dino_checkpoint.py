@@ -30,6 +30,7 @@ from .configuration_dino import DINOConfig
 from .export_onnx import save_as_onnx
 from .image_processing_dino import make_image_processor
 from .modeling_dino import DINOForImageClassification, DINOForPreTraining, DINOModel, DINOPreTrainedModel
+from .original_training import Progress, read_progress, training_entries
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Source:
     networks: dict[str, State]
     center: torch.Tensor | None = None
     image_processor: object | None = None
+    progress: Progress | None = None  # of a checkpoint of a run
 
 
 def read_pickle(path: Path) -> object:
@@ -56,9 +58,9 @@ def read_pickle(path: Path) -> object:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # says nothing that the error does not
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # pickle.UnpicklingError, and whatever else damaged bytes lead to
+        if isinstance(error, OSError) and error.filename:  # the file itself cannot be opened
+            raise
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise ValueError(f"{path} is refused: reading it would call {found[1]}, and so run code") from error
@@ -320,7 +322,10 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
     if key is not None:
         raise ValueError(f"--key {key} is for training checkpoints, and {source} is one model")
     if not (path / "config.json").is_file():
-        raise ValueError(f"{source} is no model: there is no config.json in it")
+        raise ValueError(
+            f"{source} must hold a config.json, or student and teacher, got neither. Give a model, or a checkpoint of "
+            "a run, such as checkpoints/step_0000100."
+        )
     try:
         config = json.loads((path / "config.json").read_text())
     except ValueError as error:  # of JSON, or UTF-8
@@ -348,8 +353,12 @@ def _read_training_folder(folder: Path, key: str | None) -> Source:
         return Source(
             DINOConfig.from_pretrained(folder / key), {"backbone": _only_backbone(networks[key])}, None, processor
         )
-    state = read_pickle(folder / "state.pt") if (folder / "state.pt").is_file() else {}
-    return Source(DINOConfig.from_pretrained(folder / "student"), networks, state.get("center"), processor)
+    path = folder / "state.pt"
+    if not path.is_file() and (folder / "manifest.json").is_file():
+        raise ValueError(f"{path} is missing. Choose another checkpoint of the run.")
+    state = read_pickle(path) if path.is_file() else {}
+    config, progress = DINOConfig.from_pretrained(folder / "student"), read_progress(folder, state)
+    return Source(config, networks, state.get("center"), processor, progress)
 
 
 def _only_backbone(state: State) -> State:
@@ -464,6 +473,12 @@ def save_as_vit(backbone: DINOModel, output: Path) -> None:
     save_file(state, output / "model.safetensors", metadata={"format": "pt"})
 
 
+def in_original_names(model: DINOForPreTraining) -> State:
+    """Return the tensors of backbone and head by the original's names, `backbone.*` and `head.*`."""
+    state = {f"backbone.{key}": tensor for key, tensor in _in_original_names(model.dino).items()}
+    return state | {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
+
+
 def _in_original_names(backbone: DINOModel) -> State:
     network, state = backbone.config.backbone_config, join(backbone.state_dict(), original_names(backbone.config))
     if network is not None:  # the names say nothing of what is computed, such as where a ResNet strides
@@ -485,21 +500,26 @@ def _computing(fields: dict) -> dict:
     return fields | {"model_args": {k: v for k, v in arguments.items() if k != "drop_path_rate"}}
 
 
-def save_as_original(
-    models: dict[str, DINOModel | DINOForPreTraining], center: torch.Tensor | None, output: Path
-) -> None:
-    """A `.pth` that the original's scripts read: a backbone, or student, teacher and centre of a training."""
+def save_as_original(models: dict[str, DINOModel | DINOForPreTraining], source: Source, output: Path) -> None:
+    """Save a `.pth` that the original's scripts read.
+
+    Of a backbone, its weights. Of a training, student, teacher and center, and of a checkpoint of a run all that the
+    original's `main_dino.py` resumes from.
+    """
     if "backbone" in models:
         torch.save(_in_original_names(models["backbone"]), output)
         return
     content = {}
     for name, model in models.items():
-        state = {f"backbone.{key}": tensor for key, tensor in _in_original_names(model.dino).items()}
-        state |= {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
+        state = in_original_names(model)
         # the original wraps the teacher by DDP only if it has batch norms
         wrapped = name == "student" or any(key.endswith("running_mean") for key in state)
         content[name] = {f"module.{key}": tensor for key, tensor in state.items()} if wrapped else state
-    torch.save(content | ({} if center is None else {"dino_loss": {"center": center}}), output)
+    if source.center is not None:
+        content["dino_loss"] = {"center": source.center}
+    if source.progress is not None:
+        content |= training_entries(source.progress, models["student"])
+    torch.save(content, output)
 
 
 def convert(
@@ -521,7 +541,8 @@ def convert(
         output: A folder, or a file for `to="original"` (`.pth`) and `to="onnx"`. Nothing may be there yet.
         to: `dino` (ours), `vit` (a stock `ViTModel`), `original` or `onnx`.
         key: `teacher` or `student`: this backbone alone of a training checkpoint. Default: both networks, with heads
-            and centre, which training goes on from.
+            and center, which a training starts from; a checkpoint of ours to `original` also with the state of the
+            optimizer and of fp16's scaler, and the number of epochs, from which its `main_dino.py` resumes.
         linear: A linear classifier of the original that belongs to the backbone.
         n_last_blocks: From how many last blocks `linear` takes CLS. Default: as its width tells.
         avgpool_patchtokens: Whether `linear` takes the mean of the last block's patches too, alternating with CLS
@@ -559,7 +580,8 @@ def convert(
         models["backbone"] = models["backbone"].dino
     path.parent.mkdir(parents=True, exist_ok=True)
     if to == "original":
-        save_as_original(models, read_source.center, path)
+        with _damage_named(source):
+            save_as_original(models, read_source, path)
         return path
     if to == "onnx":
         difference = save_as_onnx(models["backbone"], path, dynamic_image_size)
@@ -588,7 +610,12 @@ def convert_from_command_line(argv: list[str]) -> None:
     parser.add_argument("source", help=".pth of the original; folder or Hub id of ours, a stock ViT, or timm")
     parser.add_argument("output", help="folder to write; .pth or .onnx file with --to original or onnx")
     parser.add_argument(
-        "--to", choices=["dino", "vit", "original", "onnx"], default="dino", help="default: %(default)s"
+        "--to",
+        choices=["dino", "vit", "original", "onnx"],
+        default="dino",
+        help="format to write. dino: our folder; vit: a stock ViTModel; original: a .pth of the original, of a "
+        "checkpoint of a run all that its main_dino.py resumes from (networks, heads, center, optimizer, fp16's "
+        "scaler, epoch); onnx. Default: %(default)s",
     )
     parser.add_argument("--key", choices=["teacher", "student"], help="this backbone alone of a training checkpoint")
     parser.add_argument("--linear", help=".pth of the original's linear classifier for this backbone")

@@ -320,7 +320,7 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
     out, heads = tmp_path / "out", ("--num_attention_heads", "3")
     for argv, message in [
         ((tmp_path / "none.pth", out), "there is no file or folder"),
-        ((tmp_path / "empty", out), "there is no config.json in it"),
+        ((tmp_path / "empty", out), "must hold a config.json, or student and teacher, got neither"),
         ((tmp_path / "bert", out), "is a bert; allowed are dino, vit, and timm's Vision Transformers"),
         ((tmp_path / "list.pth", out), "holds a list, no dictionary of tensors"),
         ((tmp_path / "text.pth", out), "is no file of PyTorch's"),
