@@ -21,14 +21,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ViTConfig
+from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint_names import State, join, original_names, split, stock_vit_names
 from .command_line import Parser, check_files, one_line, run_process
 from .configuration_dino import DINOConfig
 from .export_onnx import save_as_onnx
-from .image_processing_dino import make_image_processor
+from .image_processing_dino import DINOPillowImageProcessor, make_image_processor
 from .modeling_dino import DINOForImageClassification, DINOForPreTraining, DINOModel, DINOPreTrainedModel
 from .original_training import Progress, read_progress, training_entries
 
@@ -597,6 +597,9 @@ def convert(
         folder = path if name == "backbone" else path / name
         if to == "vit":
             save_as_vit(model, folder)
+            if isinstance(processor, DINOPillowImageProcessor):  # then the one that needs no code of ours
+                fields = {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
+                processor = ViTImageProcessorPil.from_dict(fields)
         else:
             model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -13,12 +13,12 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from modeling_dino import DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.convert_dino_checkpoint import convert, convert_from_command_line
-from modeling_dino.image_processing_dino import make_image_processor
+from modeling_dino.image_processing_dino import DINOPillowImageProcessor, make_image_processor
 
 from .original import FIXTURES, recorded, tiny_config
 
@@ -184,7 +184,11 @@ def test_grey_backbone_gets_an_image_processor_of_one_channel(tmp_path):
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(1, keepdim=True)
     torch.save(state, tmp_path / "grey.pth")
     convert(str(tmp_path / "grey.pth"), str(tmp_path / "ours"), **HEADS)
-    assert len(AutoImageProcessor.from_pretrained(tmp_path / "ours").image_mean) == 1
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "ours")) is DINOPillowImageProcessor
+    convert(str(tmp_path / "ours"), str(tmp_path / "vit"), to="vit")
+    assert not list((tmp_path / "vit").glob("*.py"))
+    stock = AutoImageProcessor.from_pretrained(tmp_path / "vit", backend="pil")
+    assert type(stock) is ViTImageProcessorPil and list(stock.image_mean) == [0.5]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
