@@ -56,8 +56,8 @@ def usage(
     if isinstance(image_processor, DINOImageProcessor):
         library, image, options = _reader(ending, args.tiff_pages)
     elif num_channels in PILLOW_MODES:
-        library, image = "PIL.Image", f'PIL.Image.open("image.jpg").convert("{PILLOW_MODES[num_channels]}")'
-        options = "" if num_channels == 3 else ', input_data_format="channels_last"'
+        file = "image.png" if num_channels == 4 else "image.jpg"
+        library, image, options = "PIL.Image", f'PIL.Image.open("{file}").convert("{PILLOW_MODES[num_channels]}")', ""
     else:
         library, image = "numpy", f'numpy.zeros(({num_channels}, {height}, {width}), "uint8")'
         options = ', input_data_format="channels_first"'
@@ -120,8 +120,6 @@ def write_card(
         tags=["dino", "self-supervised-learning", "vision"],
         datasets=hub_datasets or None,
     )
-    pipeline = f'`pipeline("image-feature-extraction", "{_ADDRESS}", trust_remote_code=True)` gives the same with '
-    pipeline = "" if isinstance(image_processor, DINOImageProcessor) else pipeline + "`pool=True`.\n\n"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -135,13 +133,27 @@ training with dino-hf.
 {usage(backbone, image_processor, _ADDRESS, args, ending, trust_remote_code=True)}
 ```
 
-{pipeline}| | |
+{_describe_pipeline(backbone, image_processor)}
+
+| | |
 |---|---|
 {table}
 
 {_describe_knn(metrics, num_steps, args)}{curves}
 """
     ModelCard(content).save(path)
+
+
+def _describe_pipeline(backbone: DINOModel, image_processor) -> str:
+    """Say whether pipelines of transformers, which turn every image to RGB of 8 bits, do what the lines above do."""
+    if isinstance(image_processor, DINOImageProcessor) or backbone.config.num_channels not in PILLOW_MODES:
+        return (
+            '`pipeline("image-feature-extraction")` turns images to RGB of 8 bits, and so does not fit this model. '
+            "Use the lines above."
+        )
+    alpha = ", for images without transparency, which it drops" if backbone.config.num_channels == 4 else ""
+    call = f'pipeline("image-feature-extraction", "{_ADDRESS}", trust_remote_code=True)'
+    return f"`{call}` gives the same with `pool=True`{alpha}."
 
 
 def _describe(backbone: DINOModel) -> str:
