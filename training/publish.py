@@ -113,7 +113,7 @@ def write_card(
         "loss at the end": f"{losses[-1]:.3f}",
     }
     has_curves = (Path(args.output_dir) / "figures/curves.png").is_file()
-    curves = "![Loss and teacher entropy over the steps](figures/curves.png)" if has_curves else ""
+    curves = "![Loss, teacher entropy and target information over the steps](figures/curves.png)" if has_curves else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     data = ModelCardData(
         library_name="transformers",
