@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from evaluation.pictures import choose_channels
 
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
-from .verdict import FAILING, TOO_EARLY, Judge
+from .verdict import FAILING, NO_INFORMATION, TOO_EARLY, Judge
 
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
 MAX_JUDGED = 10_000  # lines, of some KiB each
+NARROWEST_CROP = 60  # pixels in crops.png, as wide as a title
 NUM_PROGRESS_LINES = 6  # where there is no terminal for a bar; and one of the start
 
 logger = logging.getLogger(__name__)
@@ -259,29 +260,57 @@ def to_pictures(crops: torch.Tensor, args: AugmentationArguments) -> torch.Tenso
 
 
 def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) -> Path:
-    """Draws what the networks see of the first eight images into `figures/crops.png`: one a row, global ones first."""
-    batch_size = len(batch.crops[0]) // NUM_GLOBAL_CROPS
-    num_images, gap = min(8, batch_size), 4
+    """Draw what the networks see of the first eight different images of a batch into `figures/crops.png`, one a row.
+
+    Small crops are enlarged, pixel by pixel, so that the titles fit.
+    """
+    batch_size, gap = len(batch.crops[0]) // NUM_GLOBAL_CROPS, 4
+    rows = _different_images(batch, batch_size)[:8]
     columns = []
     for crops in finish_crops(batch, "cpu", args):
         for seen in crops.split(batch_size):  # of the crop-major rows
-            seen = to_pictures(seen[:num_images], args)
+            seen = to_pictures(seen[rows], args)
             columns.append(seen[:, choose_channels(seen.shape[1], args.display_channels)])
+    factor = math.ceil(NARROWEST_CROP / min(pictures.shape[-1] for pictures in columns))
+    columns = [pictures.repeat_interleave(factor, 2).repeat_interleave(factor, 3) for pictures in columns]
     widths = [pictures.shape[-1] for pictures in columns]
-    row = max(widths) + gap
-    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), num_images * row - gap), "white")
+    font = ImageFont.load_default(13)
+    top, height = 20, max(widths) + gap
+    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), top + len(rows) * height - gap), "white")
     for column, pictures in enumerate(columns):
         left = sum(widths[:column]) + gap * column
+        is_global = column < NUM_GLOBAL_CROPS
+        title = f"global {column + 1}" if is_global else f"local {column + 1 - NUM_GLOBAL_CROPS}"
+        ImageDraw.Draw(canvas).text((left + widths[column] / 2, top / 2), title, "black", font, anchor="mm")
         for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
-            canvas.paste(Image.fromarray(picture), (left, i * row))
+            canvas.paste(Image.fromarray(picture), (left, top + i * height))
     path = output_dir / "figures" / "crops.png"
     path.parent.mkdir(exist_ok=True)
     canvas.save(path)
     return path
 
 
+def _different_images(batch: CropBatch, batch_size: int) -> list[int]:
+    """Return the rows of a batch without repeated images, as of those that replace broken ones."""
+    crops = [crops.unflatten(0, (-1, batch_size)) for crops in batch.crops]
+    indices = batch.images.images if batch.images else []  # rows of a stream come once
+    rows = []
+    for row in range(batch_size):
+        is_repeated = any(
+            all(torch.equal(of_size[:, row], of_size[:, before]) for of_size in crops)
+            or (isinstance(indices[row], int) and indices[row] == indices[before])
+            for before in rows
+        )
+        if not is_repeated:
+            rows.append(row)
+    return rows
+
+
 def draw_curves(output_dir: Path, out_dim: int) -> Path:
-    """Draws loss, teacher entropy and k-NN of a run into `figures/curves.png`; grey lines: ln K, what chance gives."""
+    """Draw loss, teacher entropy, target information, which decides the verdict, and k-NN into `figures/curves.png`.
+
+    Gray lines: ln K, what chance gives; and the target information below which a run fails.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,22 +319,33 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
     metrics = read_metrics(output_dir)
     training = [line for line in metrics if "loss" in line]
     knn = [line for line in metrics if any(key.startswith("knn_") for key in line)]
-    figure, axes = plt.subplots(1, 3 if knn else 2, figsize=(13.5 if knn else 9, 3.6), layout="constrained")
-    for axis, key, title in zip(axes, ("loss", "teacher_entropy"), ("loss", "teacher entropy [nats]")):
-        marker = "o" if len(training) == 1 else None  # a line of one point is not seen
-        points = [line["step"] for line in training], [line[key] for line in training]
-        axis.plot(*points, color="#1f5fa8", marker=marker)
-        axis.axhline(math.log(out_dim), color="0.6", linewidth=1, linestyle="--")
-        axis.annotate("ln K", (1, math.log(out_dim)), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+    grid, size = ((2, 2), (9, 6.6)) if knn else ((1, 3), (13.5, 3.6))
+    figure, axes = plt.subplots(*grid, figsize=size, layout="constrained")
+    axes = axes.flatten()
+    limits = (
+        (math.log(out_dim), "ln K"),
+        (math.log(out_dim), "ln K"),
+        (NO_INFORMATION, f"failing below {NO_INFORMATION}"),
+    )
+    keys = ("loss", "teacher_entropy", "target_information")
+    titles = ("loss [nats]", "teacher entropy [nats]", "target information [nats]")
+    for axis, key, title, (limit, name) in zip(axes, keys, titles, limits):
+        points = [(line["step"], line[key]) for line in training if key in line]
+        marker = "o" if len(points) == 1 else None  # a line of one point is not seen
+        axis.plot(*zip(*points), color="#1f5fa8", marker=marker)
+        axis.axhline(limit, color="0.6", linewidth=1, linestyle="--")
+        axis.annotate(name, (1, limit), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                       textcoords="offset points", ha="right", color="0.4")  # fmt: skip
         axis.set(title=title, ylim=(0, None))
+    if verdicts := [line["verdict"] for line in training if "verdict" in line]:
+        axes[2].set_title(f"{titles[2]}, verdict: {verdicts[-1]}")
     if knn:
         keys = [key for key in knn[0] if key.endswith("_top1")]
         for key, shade in zip(keys, plt.cm.viridis([i / max(len(keys), 1) for i in range(len(keys))])):
             points = [(line["step"], line[key]) for line in knn if key in line]
-            axes[-1].plot(*zip(*points), marker="o", markersize=3, color=shade, label=f"k = {key.split('_')[1]}")
-        axes[-1].set(title="k-NN of the teacher, top-1 [%]")
-        axes[-1].legend(frameon=False)
+            axes[3].plot(*zip(*points), marker="o", markersize=3, color=shade, label=f"k = {key.split('_')[1]}")
+        axes[3].set(title="k-NN of the teacher, top-1 [%]")
+        axes[3].legend(frameon=False)
     for axis in axes:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
