@@ -11,14 +11,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from evaluation.pictures import choose_channels
+from modeling_dino.command_line import is_notebook
 
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
+from .log import say
+from .start import duration
 from .verdict import FAILING, NO_INFORMATION, TOO_EARLY, Judge
 
 
@@ -28,6 +32,48 @@ NARROWEST_CROP = 60  # pixels in crops.png, as wide as a title
 NUM_PROGRESS_LINES = 6  # where there is no terminal for a bar; and one of the start
 
 logger = logging.getLogger(__name__)
+
+
+class Bar(tqdm):
+    """A progress bar in text that fits any width: what does not fit is dropped, the least important part first.
+
+    It needs a terminal or a notebook, which shows the text in place, as a terminal does.
+
+    Args:
+        total: Steps of the whole run.
+        initial: Steps done before.
+        enabled: Whether to draw it.
+    """
+
+    def __init__(self, total: int, initial: int, enabled: bool):
+        self.values = []  # of the last line of metrics, the most important first
+        file = sys.stdout if is_notebook() else sys.stderr  # lines and bar in turn would leave a trace of each bar
+        disable = not enabled or not (is_notebook() or file.isatty())
+        # nrows: tqdm hides bars where a terminal says that it has no rows
+        super().__init__(total=total, initial=initial, file=file, disable=disable, mininterval=0.5, nrows=20)
+
+    def __str__(self) -> str:
+        values, width = self.format_dict | {"ncols": None}, width_of(self.fp)
+        steps, graph = "{n_fmt}/{total_fmt}", "{percentage:3.0f}%|{bar:10}| "
+        left = "{remaining} left" if self.n > self.initial else "waiting for the first step"
+        parts = [steps, *self.values[:1], left, *self.values[1:3], graph, *self.values[3:]]
+        shown = ""
+        for number in range(1, len(parts) + 1):
+            texts = [part for part in parts[:number] if part is not graph]
+            bar_format = graph * (graph in parts[:number]) + ", ".join(texts)
+            text = self.format_meter(**values | {"bar_format": bar_format})
+            if len(text) >= width:
+                break
+            shown = text
+        return shown
+
+
+def width_of(file: TextIO) -> int:
+    """Return the columns of a terminal: 80 where it does not say, or where it is a notebook."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 class Monitor:
@@ -68,16 +114,9 @@ class Monitor:
                 self.judged += [line for line in kept if "verdict" in line]
         self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.said = next((line["verdict"] for line in reversed(self.judged) if line["verdict"] != TOO_EARLY), None)
-        self.bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            disable=None if enabled else True,  # None: unless there is a terminal
-            mininterval=0.5,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]",
-        )
-        self.start = self.since = time.perf_counter()
+        self.bar = Bar(num_steps, first_step, enabled)
+        self.since = time.perf_counter()
+        self.steady = self.since, first_step  # when the first step, which also sets up libraries, was done; its number
         self.progress = -1  # of NUM_PROGRESS_LINES
         self.images = 0
         self.waited = 0.0  # seconds since the last line of metrics
@@ -137,6 +176,14 @@ class Monitor:
         """Leaves out of images/s what has passed since `elapsed = pause()`."""
         self.since = time.perf_counter() - elapsed
 
+    def show_first(self, step: int, values: dict[str, float], is_cpu: bool) -> None:
+        """Show the first step at once, and on a CPU what it says of the whole run; a GPU's warms up."""
+        seconds = time.perf_counter() - self.since
+        self.steady = time.perf_counter(), step
+        left = f", so about {duration(seconds * (self.num_steps - step))} are left" if is_cpu else ""
+        self.bar.values = [f"loss {values['loss']:.3f}", f"{values['loss_over_ln_k']:.2f} ln K"]
+        self.say(f"step {step} of {self.num_steps}: {', '.join(self.bar.values)}, took {duration(seconds)}{left}")
+
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """A line of training metrics after `step` steps; adds images/s and `data_wait`, since the last one.
 
@@ -155,14 +202,19 @@ class Monitor:
         if self.enabled:
             line["verdict"] = self._judge(step, line)
         self.write(step, line)
-        summary = (
-            f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
-            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}"
-        )
-        self.bar.set_postfix_str(summary, refresh=False)
+        self.bar.values = [
+            f"loss {values['loss']:.3f}",
+            f"{values['loss_over_ln_k']:.2f} ln K",
+            f"{images_per_second:.0f} images/s",
+            f"entropy {values['teacher_entropy']:.2f}",
+            f"lr {values['learning_rate']:.1e}",
+            f"data wait {data_wait:.0%}",
+        ]
+        summary = ", ".join(self.bar.values)
         progress = step * NUM_PROGRESS_LINES // self.num_steps
         if self.bar.disable and progress > self.progress:
-            left = (time.perf_counter() - self.start) / (step - self.first_step) * (self.num_steps - step)
+            start, first = self.steady
+            left = (time.perf_counter() - start) / max(step - first, 1) * (self.num_steps - step)
             self.say(f"step {step} of {self.num_steps}: {summary}, {tqdm.format_interval(left)} left")
             self.progress = progress
         elif self.enabled:
@@ -202,12 +254,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line on the console, above the bar, and in the log."""
         if self.enabled:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()  # a pipe or a file would keep it
-            except OSError:  # whoever read it has gone, and the training goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            logger.info(text)
+            say(text)
 
     def close(self) -> None:
         self.bar.close()
