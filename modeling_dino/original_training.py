@@ -188,6 +188,8 @@ def training_entries(progress: Progress, student: DINOForPreTraining) -> dict:
     given = {name: (getattr(student.config, name), value) for name, value in in_config.items()}
     given |= {name: (progress.manifest["arguments"][name], value) for name, value in _FIXED_IN_SETTINGS.items()}
     others = [f"{name} {value}, not {fixed}" for name, (value, fixed) in given.items() if value != fixed]
+    if arguments["warmup_epochs"] % 1:
+        others.append(f"warmup_epochs {arguments['warmup_epochs']}, not an integer")
     if "arch" not in arguments:
         others.insert(0, "an --arch of this size")
     if others:
@@ -196,4 +198,6 @@ def training_entries(progress: Progress, student: DINOForPreTraining) -> dict:
 
 
 def _as_flag(value) -> str:
+    if isinstance(value, float) and value.is_integer():  # flags such as --warmup_epochs take integers alone
+        value = int(value)
     return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()
