@@ -179,10 +179,8 @@ def training_entries(progress: Progress, student: DINOForPreTraining) -> dict:
         entries["fp16_scaler"] = state["scaler"]
     flags = " ".join(f"--{name} {_as_flag(value)}" for name, value in arguments.items())
     print(f"to resume, name the file checkpoint.pth and run main_dino.py in its folder, with {flags}")
-    print(
-        f"processes: {state['num_processes']}; epochs done: {epoch}"
-        + f", and {steps} steps, which are repeated" * bool(steps)
-    )
+    since = f"; steps since, which are repeated: {steps}" if steps else ""
+    print(f"processes: {state['num_processes']}; epochs done: {epoch}{since}")
     in_config = {name: value for name, value in _FIXED_IN_CONFIG.items()
                  if student.config.backbone_config is None or name not in {*VIT_FIELDS, "image_size"}}  # fmt: skip
     given = {name: (getattr(student.config, name), value) for name, value in in_config.items()}

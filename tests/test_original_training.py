@@ -283,7 +283,7 @@ def test_command_says_how_to_resume(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "run main_dino.py in its folder, with --patch_size 8 --out_dim 96 --norm_last_layer true" in printed
     assert "--epochs 3 --freeze_last_layer 1 --lr 3 --warmup_epochs 1 --min_lr 1e-06" in printed
-    assert "processes: 1; epochs done: 1, and 2 steps, which are repeated" in printed
+    assert "processes: 1; epochs done: 1; steps since, which are repeated: 2" in printed
     assert "must be changed to have an --arch of this size; image_size 32, not 224" in printed
     content = torch.load(path, weights_only=False)
     assert content["fp16_scaler"] == scaler and content["epoch"] == 1
