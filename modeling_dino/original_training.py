@@ -179,15 +179,15 @@ def training_entries(progress: Progress, student: DINOForPreTraining) -> dict:
         entries["fp16_scaler"] = state["scaler"]
     flags = " ".join(f"--{name} {_as_flag(value)}" for name, value in arguments.items())
     print(f"to resume, name the file checkpoint.pth and run main_dino.py in its folder, with {flags}")
-    print(
-        f"processes: {state['num_processes']}; epochs done: {epoch}"
-        + f", and {steps} steps, which are repeated" * bool(steps)
-    )
+    since = f"; steps since, which are repeated: {steps}" if steps else ""
+    print(f"processes: {state['num_processes']}; epochs done: {epoch}{since}")
     in_config = {name: value for name, value in _FIXED_IN_CONFIG.items()
                  if student.config.backbone_config is None or name not in {*VIT_FIELDS, "image_size"}}  # fmt: skip
     given = {name: (getattr(student.config, name), value) for name, value in in_config.items()}
     given |= {name: (progress.manifest["arguments"][name], value) for name, value in _FIXED_IN_SETTINGS.items()}
     others = [f"{name} {value}, not {fixed}" for name, (value, fixed) in given.items() if value != fixed]
+    if arguments["warmup_epochs"] % 1:
+        others.append(f"warmup_epochs {arguments['warmup_epochs']}, not an integer")
     if "arch" not in arguments:
         others.insert(0, "an --arch of this size")
     if others:
@@ -196,4 +196,6 @@ def training_entries(progress: Progress, student: DINOForPreTraining) -> dict:
 
 
 def _as_flag(value) -> str:
+    if isinstance(value, float) and value.is_integer():  # flags such as --warmup_epochs take integers alone
+        value = int(value)
     return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower()

@@ -282,8 +282,8 @@ def test_command_says_how_to_resume(tmp_path, capsys):
     convert_from_command_line([str(folder), str(path), "--to", "original"])
     printed = capsys.readouterr().out
     assert "run main_dino.py in its folder, with --patch_size 8 --out_dim 96 --norm_last_layer true" in printed
-    assert "--epochs 3 --freeze_last_layer 1 --lr 3.0" in printed
-    assert "processes: 1; epochs done: 1, and 2 steps, which are repeated" in printed
+    assert "--epochs 3 --freeze_last_layer 1 --lr 3 --warmup_epochs 1 --min_lr 1e-06" in printed
+    assert "processes: 1; epochs done: 1; steps since, which are repeated: 2" in printed
     assert "must be changed to have an --arch of this size; image_size 32, not 224" in printed
     content = torch.load(path, weights_only=False)
     assert content["fp16_scaler"] == scaler and content["epoch"] == 1
@@ -293,7 +293,7 @@ def test_command_says_how_to_resume(tmp_path, capsys):
 def test_settings_without_counterpart_are_said(tmp_path, capsys):
     """With `layer_decay` there are more groups than the two of the reference implementation."""
     ours = Trajectory("adamw")
-    ours.args.layer_decay, ours.args.koleo_weight = 0.9, 0.1
+    ours.args.layer_decay, ours.args.koleo_weight, ours.args.warmup_epochs = 0.9, 0.1, 1.5
     ours.state.optimizer = make_optimizer(ours.state.student, ours.args)
     folder, path = checkpoint_of(ours, 0, tmp_path), tmp_path / "checkpoint.pth"
     convert_from_command_line([str(folder), str(path), "--to", "original"])
@@ -301,6 +301,7 @@ def test_settings_without_counterpart_are_said(tmp_path, capsys):
     assert (
         "left out: the optimizer's state" in printed and "koleo_weight 0.1, not 0; layer_decay 0.9, not 1" in printed
     )
+    assert "warmup_epochs 1.5, not an integer" in printed
     assert "optimizer" not in torch.load(path, weights_only=False)
 
 
