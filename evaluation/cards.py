@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
-from modeling_dino.image_processing_dino import PILLOW_MODES, DINOImageProcessor
+from modeling_dino.image_processing_dino import PILLOW_MODES, DINOImageProcessor, DINOPillowImageProcessor
 
 from .images import is_path
 from .models import num_channels
@@ -120,7 +120,7 @@ Intervals are of 95 %, by bootstrap over the images. Classes ({len(names)}): {sh
 
 
 def _usage(classifier: PreTrainedModel, image_processor) -> str:
-    """The code that classifies an image; `pipeline` reads images of three channels alone."""
+    """Return the code that classifies an image; `pipeline` turns every image to RGB of 8 bits first."""
     channels = num_channels(classifier.config)
     is_scientific = isinstance(image_processor, DINOImageProcessor)
     if is_scientific or channels not in PILLOW_MODES:
@@ -128,7 +128,8 @@ def _usage(classifier: PreTrainedModel, image_processor) -> str:
         options = "" if is_scientific else ', input_data_format="channels_first"'
     else:
         library, image = "PIL.Image", f'PIL.Image.open("image.jpg").convert("{PILLOW_MODES[channels]}")'
-        options = "" if channels == 3 else ', input_data_format="channels_last"'
+        is_converted = channels == 3 or isinstance(image_processor, DINOPillowImageProcessor)
+        options = "" if is_converted else ', input_data_format="channels_last"'
     trust = ", trust_remote_code=True" if classifier.config.model_type == "dino" else ""
     by_pipeline = f"""\
 ```python
@@ -149,4 +150,4 @@ model = AutoModelForImageClassification.from_pretrained("{ADDRESS}"{trust})
 inputs = processor({image}, return_tensors="pt"{options})
 print(model.config.id2label[model(**inputs).logits.argmax().item()])
 ```"""
-    return by_pipeline * (library == "PIL.Image" and channels == 3) + by_model
+    return by_pipeline * (library == "PIL.Image" and channels < 4 and not options) + by_model

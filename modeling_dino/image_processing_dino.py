@@ -180,9 +180,8 @@ def make_image_processor(
         value_range: See `scale_values`.
         is_deep: Whether images have more than 8 bits a channel.
     """
-    processor_class = ViTImageProcessorPil if num_channels == 3 else DINOPillowImageProcessor
-    if num_channels not in PILLOW_MODES:
-        processor_class = ViTImageProcessor
+    by_pillow = {1: DINOPillowImageProcessor, 3: ViTImageProcessorPil, 4: DINOPillowImageProcessor}
+    processor_class = by_pillow.get(num_channels, ViTImageProcessor)
     options = {"do_convert_rgb": num_channels == 3}
     if is_deep or value_range:
         processor_class, options = DINOImageProcessor, {"value_range": value_range}
