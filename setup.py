@@ -11,6 +11,7 @@ UMAP = ["umap-learn>=0.5.7"]
 SCIENTIFIC = ["tifffile>=2024.1", "imagecodecs>=2024.1"]
 HEIF = ["pillow-heif>=0.16"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "polars>=1.20", "parameterized>=0.9", "peft>=0.19"]
+TEST += ["nbclient>=0.10", "ipykernel>=6.29"]
 TEST += [*TIMM, *ONNX, *TENSORBOARD, *VIDEO, *UMAP, *SCIENTIFIC, *HEIF]
 
 

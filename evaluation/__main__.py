@@ -10,6 +10,7 @@ from .interruption import interruption
 
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "dino-eval":  # the libraries take seconds to import
     interruption.listen("dino-eval")
+    interruption.announce("importing PyTorch and transformers")
 
 from accelerate import PartialState  # noqa: E402
 from datasets.utils.logging import disable_progress_bar as disable_datasets_progress_bar  # noqa: E402

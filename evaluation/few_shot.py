@@ -12,7 +12,8 @@ from tqdm import tqdm
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
-from .logistic import add_max_iter_and_seed, draw, encode_labels, fit, normalize, two_splits, warn_of_unfinished
+from .labels import draw, draw_per_class
+from .logistic import add_max_iter_and_seed, encode_labels, fit, normalize, two_splits, warn_of_unfinished
 from .report import Report, make_report
 
 
@@ -69,19 +70,17 @@ def few_shot_hits(
             f"num_draws and max_iter must be at least 1 and C above 0, got {num_draws}, {max_iter} and {c}"
         )
     classes, train_labels, test_labels = encode_labels(train_labels, test_labels)
-    counts = np.bincount(train_labels)
-    if shots is not None and counts.min() < shots:
-        raise ValueError(
-            f"class {classes[counts.argmin()]} has {counts.min()} training images, fewer than the {shots} shots"
-        )
-    numbers = np.full(len(classes), shots) if shots else np.maximum(1, np.round(percent / 100 * counts))
+    numbers = None if shots else np.maximum(1, np.round(percent / 100 * np.bincount(train_labels)))
     train_features, test_features = normalize(train_features), normalize(test_features)
 
     hits, unfinished = {"logistic": [], "class_mean": []}, []
     disable = None if PartialState().is_main_process else True  # on a terminal alone
     setting = f"{shots} shots" if shots else f"{percent:g} %"
     for number in tqdm(range(num_draws), setting, leave=False, disable=disable):
-        drawn = draw(train_labels, numbers, np.random.default_rng([seed, number]))
+        if shots:
+            drawn = draw_per_class(train_labels, shots, "shots", classes, seed, number)
+        else:
+            drawn = draw(train_labels, numbers, np.random.default_rng([seed, number]))
         features, labels = train_features[drawn], train_labels[drawn]
         model, has_converged = fit(features, labels, c, max_iter)
         unfinished += [] if has_converged else [c]
@@ -123,7 +122,7 @@ def measure(args: Namespace) -> Report:
         if shots <= counts.min():
             settings = {f"{shots}_shot": {"shots": shots}} | settings
         elif shots == min(args.shots) and not settings:
-            raise ValueError(f"class {smallest} has {counts.min()} training images, fewer than {shots} shots")
+            draw_per_class(train.labels, shots, "shots", train.class_names)  # whose error names the class
         else:
             warnings.warn(f"no {shots} shots: class {smallest} has only {counts.min()} training images")
     scores, values = {}, {}

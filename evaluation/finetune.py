@@ -38,7 +38,9 @@ from .supervised import (
     AugmentedImages,
     Batches,
     ComputedFeatures,
+    add_labels_per_class,
     check_run_folder,
+    choose_labeled,
     discard_other_run,
     evaluation_split,
     hits,
@@ -49,6 +51,7 @@ from .supervised import (
     make_loader,
     normalize,
     run_settings,
+    save_card,
     save_checkpoint,
     seed_of,
     seeded,
@@ -310,6 +313,7 @@ def add_arguments(parser: Parser) -> None:
         ("seed", int, 0, "of everything that is drawn"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: %(default)s)")
+    add_labels_per_class(parser)
     parser.add_argument(
         "--drop_path_rate", type=float, help=f"stochastic depth (default: {DROP_PATH_RATE} where the network has it)"
     )
@@ -342,6 +346,7 @@ def measure(args: Namespace) -> Report:
         check_run_folder(args)
     training, test, train_labels, test_labels = load_splits(args)
     names, targets, test_targets = index_classes(train_labels, test_labels, class_names(training))
+    chosen = choose_labeled(args, targets, names)
     backbone, image_processor = load_model(
         args.model, args.image_size, value_range=args.value_range and tuple(args.value_range)
     )
@@ -352,7 +357,7 @@ def measure(args: Namespace) -> Report:
     model = load_classifier(args.model, names, args.drop_path_rate)
     accelerator = Accelerator()
     batch_size = args.batch_size * accelerator.num_processes
-    order = Batches(np.arange(len(targets)), batch_size, args.seed)
+    order = Batches(chosen, batch_size, args.seed)
     transform = make_transform(image_processor, channels, args.rand_augment, args.random_erasing)
     data = describe_data(args, args.train_split, training) | {"num_images": len(training)}
     precision = accelerator.mixed_precision
@@ -390,5 +395,8 @@ def measure(args: Namespace) -> Report:
     warn_of_shared_images(hashes, logits.hashes)
     scores = hits(logits.features, torch.from_numpy(test_targets), "finetune")
     test_data = describe_data(args, evaluation_split(args), test) | content_of(logits.hashes)
-    about = {"train": data, "test": test_data, "batch_size_of_all": batch_size, "mixed_precision": precision}
-    return make_report(args, described, about, scores)
+    about = {"train": data, "test": test_data, "num_trained": len(chosen), "batch_size_of_all": batch_size}
+    report = make_report(args, described, about | {"mixed_precision": precision}, scores)
+    if folder is not None and accelerator.is_main_process:
+        save_card(args, folder, model, image_processor, report, "An image classifier: the whole network, fine-tuned")
+    return report

@@ -142,6 +142,12 @@ class Interruption:
         patience = 0.3 if self._launcher is None else 1.0
         return name == "SIGINT" and time.monotonic() - self._since > patience
 
+    def announce(self, text: str) -> None:
+        """Say on a terminal what the process is about to do; a log needs no such line."""
+        if os.isatty(2) and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, f"{self._command}: {text}\n".encode())
+
     def _tell(self, text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             begin = "\n" if os.isatty(2) else ""  # below a progress bar

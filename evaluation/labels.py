@@ -97,3 +97,49 @@ def labeled_rows(dataset: Dataset, split: str, like: list[str] | None = None) ->
     if len(known) < len(labels):
         dataset, labels = dataset.select(known), labels[known]
     return dataset, match_names(labels, names, like).tolist()
+
+
+def draw(labels: np.ndarray, numbers: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return the indices of `numbers[c]` images of each class c, drawn without replacement.
+
+    Args:
+        labels: (images,), classes from 0.
+        numbers: (classes,), each at most the images of its class.
+        generator: The source of chance.
+    """
+    order = generator.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, at random within
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return order[rank < np.repeat(numbers, counts)]
+
+
+def draw_per_class(
+    labels: np.ndarray, number: int, setting: str, names: Sequence | None = None, seed: int = 0, repetition: int = 0
+) -> np.ndarray:
+    """Return the indices of `number` images of each class, drawn without replacement.
+
+    The same labels, seed and repetition give the same images in every protocol.
+
+    Args:
+        labels: (images,), of any kind that numpy can sort.
+        number: Images of each class.
+        setting: Name of the setting that `number` is from, for the error.
+        names: Names of classes by their labels. Default: the labels.
+        seed: Of the draw.
+        repetition: Number of the draw, from 0.
+
+    Raises:
+        ValueError: a class with fewer images, or a number below 1.
+    """
+    if number < 1:
+        raise ValueError(f"{setting} must be at least 1, got {number}")
+    classes, numbered, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if counts.min() < number:
+        smallest = classes[counts.argmin()]
+        name = names[smallest] if names is not None else smallest
+        raise ValueError(
+            f"{setting} must be at most {counts.min()}, the number of training images of class {name}, got {number}. "
+            "Lower it."
+        )
+    return draw(numbered, np.full(len(classes), number), np.random.default_rng([seed, repetition]))

@@ -51,7 +51,9 @@ from .supervised import (
     AugmentedImages,
     Batches,
     ComputedFeatures,
+    add_labels_per_class,
     check_run_folder,
+    choose_labeled,
     discard_other_run,
     evaluation_split,
     hits,
@@ -62,6 +64,7 @@ from .supervised import (
     make_loader,
     normalize,
     run_settings,
+    save_card,
     save_checkpoint,
     seed_of,
 )
@@ -278,11 +281,14 @@ def save_classifier(
     n_last_blocks: int = NUM_LAST_BLOCKS,
     avgpool_patchtokens: bool = False,
     interleave_features: bool = False,
-) -> None:
-    """Writes a trained classifier: of a DINO network with it, as a `DINOForImageClassification` and image processor.
+) -> DINOForImageClassification | None:
+    """Write a trained classifier: of a DINO network with it, as a `DINOForImageClassification` and image processor.
 
     Of any other network the classifier alone: `classifier.safetensors` with `weight` (classes, features) and `bias`,
     and in its metadata what the features are.
+
+    Returns:
+        The `DINOForImageClassification`, if there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {
@@ -295,7 +301,7 @@ def save_classifier(
         state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         metadata = {name: str(value) for name, value in (inputs | {"id2label": id2label}).items()}
         save_file(state, folder / "classifier.safetensors", metadata)
-        return
+        return None
     fields = model.config.to_dict() | (inputs if model.config.backbone_config is None else {})
     fields |= {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}, "freeze_backbone": True}
     whole = DINOForImageClassification(DINOConfig.from_dict(fields))
@@ -303,6 +309,7 @@ def save_classifier(
     whole.classifier.load_state_dict(classifier.state_dict())
     whole.save_pretrained(folder)
     image_processor.save_pretrained(folder)
+    return whole
 
 
 def add_arguments(parser: Parser) -> None:
@@ -332,6 +339,7 @@ def add_arguments(parser: Parser) -> None:
         default=0.1,
         help="share of each class's training images to hold out for several learning rates (default: %(default)s)",
     )
+    add_labels_per_class(parser)
     parser.add_argument("--epochs", type=int, default=100, help="over the training images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and crops (default: %(default)s)")
     parser.add_argument(
@@ -417,13 +425,14 @@ class KeptFeatures:
         self.data = self.data | {"augmentation": False}
 
     def batches(self, targets: np.ndarray, order: Batches) -> Callable:
+        self._trained = order.indices
         return _from_memory(self.train.features, targets, order)
 
     def inputs(self, indices: np.ndarray) -> torch.Tensor:
         return self.train.features[indices]
 
     def hashes(self) -> np.ndarray:
-        return self.train.hashes
+        return self.train.hashes[self._trained]
 
     def _read(self, split: str, inputs: dict) -> Features:
         """Return pooled features from the split's file, which other protocols read; others from a separate one."""
@@ -481,9 +490,11 @@ def measure(args: Namespace) -> Report:
     else:
         images = CroppedImages(args, network, image_processor)
     names, targets, test_targets = index_classes(images.labels, images.test.labels, images.class_names)
-    held_out = hold_out(targets, args.val_fraction, args.seed) if len(rates) > 1 else np.arange(0)
+    chosen = choose_labeled(args, targets, names)
+    held_out = hold_out(targets[chosen], args.val_fraction, args.seed) if len(rates) > 1 else np.arange(0)
+    held_out = chosen[held_out]
     batch_size = args.batch_size * PartialState().num_processes
-    order = Batches(np.setdiff1d(np.arange(len(targets)), held_out), batch_size, args.seed)
+    order = Batches(np.setdiff1d(chosen, held_out), batch_size, args.seed)
     described = describe_model(model, args.model) if model is not None else images.test.model
     settings = run_settings(args, batch_size=batch_size, model=described, train=images.data, classes=names)
     if folder is not None and args.overwrite:
@@ -504,12 +515,16 @@ def measure(args: Namespace) -> Report:
     if not math.isfinite(losses[-1][selected]):
         raise ValueError(f"the loss with learning rate {rates[selected]:g} is not finite; lower it")
     scores = _hits(classifiers[selected], images.test.features, test_targets, "linear") | scores
-    if folder is not None and PartialState().is_main_process:
-        with filling(folder) as temporary:
-            save_classifier(temporary, model, image_processor, classifiers[selected], names, **inputs)
     data = {"train": images.data, "test": images.test.data, "inputs": inputs, "batch_size_of_all": batch_size}
     data |= {"num_trained": len(order.indices), "num_held_out": len(held_out)}
-    return make_report(args, described, data | {"selected_learning_rate": rates[selected]}, scores)
+    report = make_report(args, described, data | {"selected_learning_rate": rates[selected]}, scores)
+    if folder is not None and PartialState().is_main_process:
+        with filling(folder) as temporary:
+            whole = save_classifier(temporary, model, image_processor, classifiers[selected], names, **inputs)
+        if whole is not None:
+            method = "An image classifier: a linear classifier on the frozen features of a DINO network"
+            save_card(args, folder, whole, image_processor, report, method)
+    return report
 
 
 def _has_blocks(model: PreTrainedModel) -> bool:

@@ -16,6 +16,7 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import Features, find_eval_split, labelled_features
+from .labels import draw
 from .report import Report, make_report
 
 
@@ -168,15 +169,6 @@ def encode_labels(train_labels: Sequence, test_labels: Sequence) -> tuple[np.nda
             f"there are no training images of {len(unknown)} of the test images' classes, such as {unknown[0]}"
         )
     return classes, train_labels, np.searchsorted(classes, test_labels)
-
-
-def draw(labels: np.ndarray, numbers: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Indices of `numbers[c]` images of each class c, drawn without replacement."""
-    order = generator.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, at random within
-    counts = np.bincount(labels)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return order[rank < np.repeat(numbers, counts)]
 
 
 def normalize(features: torch.Tensor) -> np.ndarray:

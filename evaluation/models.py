@@ -30,6 +30,7 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from modeling_dino import DINOConfig, DINOModel  # which makes AutoModel know DINO
@@ -235,11 +236,11 @@ def _kind_and_source(name: str) -> tuple[str, str]:
 
 
 def revision_of(name: str) -> str | None:
-    """The commit of the Hub, or the hash of a folder's JSON files and, where they count, weights."""
+    """Return the commit of a Hub id, or the hash of a folder's JSON files and, where they count, weights."""
     kind, source = _kind_and_source(name)
     suffixes = (".json",) if kind else (".json", ".safetensors", ".bin")
     if not Path(source).is_dir():
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash
+        return Path(cached_file(source, "config.json")).parent.name  # snapshots/COMMIT/config.json
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(source).iterdir() if path.suffix in suffixes):
         digest.update(path.read_bytes())

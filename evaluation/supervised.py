@@ -20,19 +20,22 @@ from torchvision.transforms import v2
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from modeling_dino.command_line import Parser
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
+from .cards import write_classifier_card
 from .decoding import Reading, decode_image, pixel_hash
 from .features import class_names, find_eval_split, images_of
-from .labels import labeled_rows
+from .labels import draw_per_class, labeled_rows
 from .models import mean_and_std, to_pixel_values, to_values
 from .outputs import check_outputs, replacing, write_text
+from .report import Report
 from .workers import Loader
 
 
 CHECKPOINT = "checkpoint.pt"
 # other files that runs write to their folders
-_RUN_FILES = ("log.jsonl", "config.json", "preprocessor_config.json", "*.safetensors", "*.py")
+_RUN_FILES = ("log.jsonl", "README.md", "config.json", "preprocessor_config.json", "*.safetensors", "*.py")
 # settings of a run that another machine may have differently, and the numbers are the same
 _ABOUT_THE_MACHINE = ("protocol", "output", "output_dir", "overwrite", "num_workers", "features")
 
@@ -186,6 +189,7 @@ def load_splits(args: Namespace) -> tuple[Dataset, Dataset, list, list]:
         names = names or class_names(dataset)
         splits.append(dataset)
         labels.append(numbers)
+    choose_labeled(args, np.asarray(labels[0]), names)  # whose error shall not come after minutes of work
     return *splits, *labels
 
 
@@ -246,10 +250,39 @@ def hits(logits: torch.Tensor, targets: torch.Tensor, name: str) -> dict[str, np
     return {f"{name}_top{top}": 100.0 * ranked[:, :top].any(1).cpu().numpy() for top in tops}
 
 
+def add_labels_per_class(parser: Parser) -> None:
+    parser.add_argument(
+        "--labels_per_class",
+        type=int,
+        help="labeled training images of each class to train on, drawn by --seed as those of few_shot. Default: all",
+    )
+
+
+def choose_labeled(args: Namespace, targets: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
+    """Return the indices of the training images to train on, in order: all, or `--labels_per_class` of each class.
+
+    Raises:
+        ValueError: a class with fewer images.
+    """
+    if args.labels_per_class is None:
+        return np.arange(len(targets))
+    return np.sort(draw_per_class(targets, args.labels_per_class, "labels_per_class", names, args.seed))
+
+
 def run_settings(args: Namespace, **changes) -> dict:
     """What has to be the same where a run goes on: a command's arguments, with `changes`, as JSON knows them."""
     settings = {name: value for name, value in vars(args).items() if name not in _ABOUT_THE_MACHINE}
     return json.loads(json.dumps(settings | changes))
+
+
+def save_card(
+    args: Namespace, folder: Path, classifier: PreTrainedModel, image_processor, report: Report, method: str
+) -> None:
+    """Write a classifier's card, unless there is one, which may have been edited, and --overwrite is not given."""
+    if args.overwrite or not (folder / "README.md").exists():
+        batch_size = report.data["batch_size_of_all"]
+        training = f"{args.epochs:,} epochs in batches of {batch_size:,} images, seed {args.seed}"
+        write_classifier_card(folder, classifier, image_processor, report, training, method)
 
 
 def check_run_folder(args: Namespace) -> None:

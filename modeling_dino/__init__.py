@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from .configuration_dino import DINOConfig
-from .image_processing_dino import DINOImageProcessor
+from .image_processing_dino import DINOImageProcessor, DINOPillowImageProcessor
 from .modeling_dino import (
     DINOBackbone,
     DINOForImageClassification,
@@ -36,13 +36,14 @@ for _auto_class, _model_class in (
 AutoImageProcessor.register(
     DINOConfig, image_processor_classes={"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}, exist_ok=True
 )
-# a key of its own: AutoImageProcessor finds the class by its name, and chooses a backend among those of the same key
-AutoImageProcessor.register(
-    DINOImageProcessor,
-    image_processor_classes={"torchvision": DINOImageProcessor, "pil": DINOImageProcessor},
-    exist_ok=True,
-)
-DINOImageProcessor.register_for_auto_class()
+# keys of their own: AutoImageProcessor finds a class by its name, and chooses a backend among those of the same key
+for _processor_class in (DINOImageProcessor, DINOPillowImageProcessor):
+    AutoImageProcessor.register(
+        _processor_class,
+        image_processor_classes={"torchvision": _processor_class, "pil": _processor_class},
+        exist_ok=True,
+    )
+    _processor_class.register_for_auto_class()
 
 __all__ = [
     "DINOBackbone",
@@ -52,5 +53,6 @@ __all__ = [
     "DINOHead",
     "DINOImageProcessor",
     "DINOModel",
+    "DINOPillowImageProcessor",
     "DINOPreTrainedModel",
 ]

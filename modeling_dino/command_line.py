@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MISTAKES = (ValueError, OSError, ImportError, StrictDataclassError)  # a user's; ImportError: an extra that is missing
 LARGEST = 2**63  # integers from here on overflow in libraries, each in its own way
 
 
@@ -87,7 +88,7 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
         if not hasattr(end, "exit_code"):  # a run that ends in order has said so
             _write_line(f"{prog}: stopped by SIGINT")
         sys.exit(getattr(end, "exit_code", 130))
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # ImportError: an extra that is missing
+    except MISTAKES as error:
         if debug:
             raise
         _write_line(f"{prog}: error: {one_line(error)}")
@@ -102,6 +103,30 @@ def run(prog: str, main: Callable[[list[str]], None], argv: list[str] | None = N
             sys.exit(2)
         _write_line(f"{prog}: error: {name}" + f": {what}" * (what != name) + " (--debug shows where)")
         sys.exit(1)
+
+
+def is_notebook() -> bool:
+    """Return whether what this process prints appears in a notebook."""
+    return type(sys.stdout).__module__.startswith("ipykernel.")
+
+
+def as_arguments(text: str) -> str:
+    """Return a message with its settings as arguments of Python, without the dashes of a command line."""
+    return re.sub(r"(?<![\w-])--(?=[a-z])", "", text)
+
+
+@contextlib.contextmanager
+def short_in_notebooks():
+    """Context manager, or decorator, within which a user's mistake is one line in a notebook, and else as usual.
+
+    IPython asks an exception for `_render_traceback_`. `%debug` still finds the traceback.
+    """
+    try:
+        yield
+    except MISTAKES as error:
+        line = f"{type(error).__name__}: {as_arguments(one_line(error))}"
+        error._render_traceback_ = lambda: [line]
+        raise
 
 
 def run_process(prog: str, main: Callable[[list[str]], None]) -> None:

@@ -21,15 +21,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ViTConfig
+from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint_names import State, join, original_names, split, stock_vit_names
 from .command_line import Parser, check_files, one_line, run_process
 from .configuration_dino import DINOConfig
 from .export_onnx import save_as_onnx
-from .image_processing_dino import make_image_processor
+from .image_processing_dino import DINOPillowImageProcessor, make_image_processor
 from .modeling_dino import DINOForImageClassification, DINOForPreTraining, DINOModel, DINOPreTrainedModel
+from .original_training import Progress, read_progress, training_entries
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Source:
     networks: dict[str, State]
     center: torch.Tensor | None = None
     image_processor: object | None = None
+    progress: Progress | None = None  # of a checkpoint of a run
 
 
 def read_pickle(path: Path) -> object:
@@ -56,9 +58,9 @@ def read_pickle(path: Path) -> object:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # says nothing that the error does not
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # pickle.UnpicklingError, and whatever else damaged bytes lead to
+        if isinstance(error, OSError) and error.filename:  # the file itself cannot be opened
+            raise
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise ValueError(f"{path} is refused: reading it would call {found[1]}, and so run code") from error
@@ -320,7 +322,10 @@ def read(source: str, key: str | None = None, num_attention_heads: int | None = 
     if key is not None:
         raise ValueError(f"--key {key} is for training checkpoints, and {source} is one model")
     if not (path / "config.json").is_file():
-        raise ValueError(f"{source} is no model: there is no config.json in it")
+        raise ValueError(
+            f"{source} must hold a config.json, or student and teacher, got neither. Give a model, or a checkpoint of "
+            "a run, such as checkpoints/step_0000100."
+        )
     try:
         config = json.loads((path / "config.json").read_text())
     except ValueError as error:  # of JSON, or UTF-8
@@ -348,8 +353,12 @@ def _read_training_folder(folder: Path, key: str | None) -> Source:
         return Source(
             DINOConfig.from_pretrained(folder / key), {"backbone": _only_backbone(networks[key])}, None, processor
         )
-    state = read_pickle(folder / "state.pt") if (folder / "state.pt").is_file() else {}
-    return Source(DINOConfig.from_pretrained(folder / "student"), networks, state.get("center"), processor)
+    path = folder / "state.pt"
+    if not path.is_file() and (folder / "manifest.json").is_file():
+        raise ValueError(f"{path} is missing. Choose another checkpoint of the run.")
+    state = read_pickle(path) if path.is_file() else {}
+    config, progress = DINOConfig.from_pretrained(folder / "student"), read_progress(folder, state)
+    return Source(config, networks, state.get("center"), processor, progress)
 
 
 def _only_backbone(state: State) -> State:
@@ -360,10 +369,15 @@ def _only_backbone(state: State) -> State:
 
 
 def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_patchtokens: bool) -> None:
-    """Puts a classifier of the original's `eval_linear.py` on the backbone of `source`.
+    """Put a classifier of the original's `eval_linear.py` on the backbone of `source`, and print what it takes.
 
-    Unless it is said how it was made, its width tells: of as many last blocks, or, on ViT-B, of one block and the mean
-    of its patches, as in the released ones.
+    The width tells from how many last blocks it takes CLS. With the mean of the last block's patches, the original
+    takes one block, and CLS and mean alternate channel by channel. A width of two blocks on ViT-B is read so, as in
+    the released classifiers, unless `n_last_blocks` is given. The mean beside several blocks, which the original
+    cannot train, follows them.
+
+    Raises:
+        ValueError: a file without a linear classifier, or one of another width.
     """
     check_files(path)
     content = read_pickle(path)
@@ -380,17 +394,38 @@ def add_linear(source: Source, path: Path, n_last_blocks: int | None, avgpool_pa
     source.networks["backbone"] = {f"dino.{name}": tensor for name, tensor in backbone.items()} | state
     config.num_labels, width = state["classifier.weight"].shape
     if config.backbone_config is not None:  # of its pooled features; another width shows as misshapen
+        if n_last_blocks is not None or avgpool_patchtokens:
+            network = config.backbone_config.model_type
+            raise ValueError(
+                f"n_last_blocks and avgpool_patchtokens are for Vision Transformers, got a {network}. Leave them out."
+            )
+        print("the classifier takes the network's pooled features")
         return
     blocks, rest = divmod(width, config.hidden_size)
     if rest or not blocks:
         raise ValueError(f"{path} takes features of width {width}, no multiple of the backbone's {config.hidden_size}")
     guessed_base = n_last_blocks is None and config.hidden_size == 768 and blocks == 2
     pooled = avgpool_patchtokens or guessed_base
-    config.n_last_blocks = n_last_blocks or blocks - pooled
-    config.avgpool_patchtokens = pooled
-    config.interleave_features = pooled and config.n_last_blocks == 1
-    mean = " and the mean of its patches, by turns" if pooled else ""
-    print(f"the classifier takes CLS of the last {config.n_last_blocks} blocks{mean}")
+    if blocks == pooled:
+        raise ValueError(
+            f"the width of features must be at least {2 * width} with avgpool_patchtokens, got {width} in {path}. "
+            "Leave --avgpool_patchtokens out."
+        )
+    if n_last_blocks not in (None, blocks - pooled):
+        mean = ", one of them the mean of patches" if pooled else ""
+        raise ValueError(
+            f"n_last_blocks must be {blocks - pooled} for features of width {width}{mean}, got {n_last_blocks}. Leave "
+            "it out."
+        )
+    n_last_blocks = blocks - pooled
+    config.n_last_blocks, config.avgpool_patchtokens = n_last_blocks, pooled
+    config.interleave_features = pooled and n_last_blocks == 1
+    if config.interleave_features:
+        print("the classifier takes CLS of the last block and the mean of its patches, alternating channel by channel")
+    else:
+        which = "block" if n_last_blocks == 1 else f"{n_last_blocks} blocks, one after another"
+        mean = ", then the mean of the last block's patches" if pooled else ""
+        print(f"the classifier takes CLS of the last {which}{mean}")
 
 
 def build(config: DINOConfig, state: State, allow_partial: bool = False) -> DINOPreTrainedModel:
@@ -438,6 +473,12 @@ def save_as_vit(backbone: DINOModel, output: Path) -> None:
     save_file(state, output / "model.safetensors", metadata={"format": "pt"})
 
 
+def in_original_names(model: DINOForPreTraining) -> State:
+    """Return the tensors of backbone and head by the original's names, `backbone.*` and `head.*`."""
+    state = {f"backbone.{key}": tensor for key, tensor in _in_original_names(model.dino).items()}
+    return state | {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
+
+
 def _in_original_names(backbone: DINOModel) -> State:
     network, state = backbone.config.backbone_config, join(backbone.state_dict(), original_names(backbone.config))
     if network is not None:  # the names say nothing of what is computed, such as where a ResNet strides
@@ -459,21 +500,26 @@ def _computing(fields: dict) -> dict:
     return fields | {"model_args": {k: v for k, v in arguments.items() if k != "drop_path_rate"}}
 
 
-def save_as_original(
-    models: dict[str, DINOModel | DINOForPreTraining], center: torch.Tensor | None, output: Path
-) -> None:
-    """A `.pth` that the original's scripts read: a backbone, or student, teacher and centre of a training."""
+def save_as_original(models: dict[str, DINOModel | DINOForPreTraining], source: Source, output: Path) -> None:
+    """Save a `.pth` that the original's scripts read.
+
+    Of a backbone, its weights. Of a training, student, teacher and center, and of a checkpoint of a run all that the
+    original's `main_dino.py` resumes from.
+    """
     if "backbone" in models:
         torch.save(_in_original_names(models["backbone"]), output)
         return
     content = {}
     for name, model in models.items():
-        state = {f"backbone.{key}": tensor for key, tensor in _in_original_names(model.dino).items()}
-        state |= {f"head.{key}": tensor for key, tensor in model.head.state_dict().items()}
+        state = in_original_names(model)
         # the original wraps the teacher by DDP only if it has batch norms
         wrapped = name == "student" or any(key.endswith("running_mean") for key in state)
         content[name] = {f"module.{key}": tensor for key, tensor in state.items()} if wrapped else state
-    torch.save(content | ({} if center is None else {"dino_loss": {"center": center}}), output)
+    if source.center is not None:
+        content["dino_loss"] = {"center": source.center}
+    if source.progress is not None:
+        content |= training_entries(source.progress, models["student"])
+    torch.save(content, output)
 
 
 def convert(
@@ -495,10 +541,12 @@ def convert(
         output: A folder, or a file for `to="original"` (`.pth`) and `to="onnx"`. Nothing may be there yet.
         to: `dino` (ours), `vit` (a stock `ViTModel`), `original` or `onnx`.
         key: `teacher` or `student`: this backbone alone of a training checkpoint. Default: both networks, with heads
-            and centre, which training goes on from.
+            and center, which a training starts from; a checkpoint of ours to `original` also with the state of the
+            optimizer and of fp16's scaler, and the number of epochs, from which its `main_dino.py` resumes.
         linear: A linear classifier of the original that belongs to the backbone.
-        n_last_blocks: Of how many last blocks `linear` takes CLS. Default: as its width tells.
-        avgpool_patchtokens: Whether `linear` takes the mean of the patches too.
+        n_last_blocks: From how many last blocks `linear` takes CLS. Default: as its width tells.
+        avgpool_patchtokens: Whether `linear` takes the mean of the last block's patches too, alternating with CLS
+            channel by channel if that is of one block, else after it.
         num_attention_heads: If heads are not 64 wide.
         dynamic_image_size: Whether ONNX takes images of any size, instead of the network's own.
         allow_partial: Takes weights that do not fit for what fits of them.
@@ -511,6 +559,8 @@ def convert(
         raise ValueError(f"{output} is there already; give another {'file' if to_file else 'folder'} to write")
     if dynamic_image_size and to != "onnx":
         raise ValueError("--dynamic_image_size is for --to onnx; all others take any image size")
+    if linear is None and (n_last_blocks is not None or avgpool_patchtokens):
+        raise ValueError("n_last_blocks and avgpool_patchtokens are of a classifier. Give it by --linear.")
     with _damage_named(source):
         read_source = read(source, key, num_attention_heads)
     if linear is not None:
@@ -530,7 +580,8 @@ def convert(
         models["backbone"] = models["backbone"].dino
     path.parent.mkdir(parents=True, exist_ok=True)
     if to == "original":
-        save_as_original(models, read_source.center, path)
+        with _damage_named(source):
+            save_as_original(models, read_source, path)
         return path
     if to == "onnx":
         difference = save_as_onnx(models["backbone"], path, dynamic_image_size)
@@ -546,6 +597,9 @@ def convert(
         folder = path if name == "backbone" else path / name
         if to == "vit":
             save_as_vit(model, folder)
+            if isinstance(processor, DINOPillowImageProcessor):  # then the one that needs no code of ours
+                fields = {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
+                processor = ViTImageProcessorPil.from_dict(fields)
         else:
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -559,12 +613,26 @@ def convert_from_command_line(argv: list[str]) -> None:
     parser.add_argument("source", help=".pth of the original; folder or Hub id of ours, a stock ViT, or timm")
     parser.add_argument("output", help="folder to write; .pth or .onnx file with --to original or onnx")
     parser.add_argument(
-        "--to", choices=["dino", "vit", "original", "onnx"], default="dino", help="default: %(default)s"
+        "--to",
+        choices=["dino", "vit", "original", "onnx"],
+        default="dino",
+        help="format to write. dino: our folder; vit: a stock ViTModel; original: a .pth of the original, of a "
+        "checkpoint of a run all that its main_dino.py resumes from (networks, heads, center, optimizer, fp16's "
+        "scaler, epoch); onnx. Default: %(default)s",
     )
     parser.add_argument("--key", choices=["teacher", "student"], help="this backbone alone of a training checkpoint")
     parser.add_argument("--linear", help=".pth of the original's linear classifier for this backbone")
-    parser.add_argument("--n_last_blocks", type=int, help="that --linear takes CLS of (default: as its width tells)")
-    parser.add_argument("--avgpool_patchtokens", action="store_true", help="--linear takes the mean of patches too")
+    parser.add_argument(
+        "--n_last_blocks",
+        type=int,
+        help="number of last blocks whose CLS tokens --linear takes, one after another. Default: as its width tells",
+    )
+    parser.add_argument(
+        "--avgpool_patchtokens",
+        action="store_true",
+        help="mean of the last block's patches as input of --linear too: alternating with CLS channel by channel if "
+        "that is of one block, as in the original, else after it. Default: for ViT-B, as its width tells",
+    )
     parser.add_argument("--num_attention_heads", type=int, help="if heads are not 64 wide")
     parser.add_argument("--dynamic_image_size", action="store_true", help="with --to onnx, take images of any size")
     parser.add_argument("--allow_partial", action="store_true", help="take what fits, and say what stays random")

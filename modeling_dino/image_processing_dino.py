@@ -1,4 +1,7 @@
-"""The transform of the paper's evaluation, as an image processor: transformers' own, or ours for scientific images."""
+"""The transform of the paper's evaluation, as an image processor: transformers' own, or ours for what it cannot take.
+
+Ours are for Pillow images where the network has 1 or 4 channels, and for scientific images.
+"""
 
 from collections.abc import Sequence
 
@@ -139,6 +142,20 @@ class DINOImageProcessor(ViTImageProcessor):
         return super().resize(image, *args, **kwargs).clamp(0, 1)
 
 
+class DINOPillowImageProcessor(ViTImageProcessorPil):
+    """`ViTImageProcessorPil` for networks of 1 or 4 channels: Pillow images become gray, or get an alpha channel.
+
+    Pipelines of transformers turn every image to RGB before the image processor sees it. `image_mean` has an entry for
+    each channel.
+    """
+
+    def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
+        if isinstance(image, PillowImage):
+            image = np.asarray(image.convert(PILLOW_MODES[len(self.image_mean)]))
+            image, input_data_format = np.atleast_3d(image).transpose(2, 0, 1), "channels_first"
+        return super().process_image(image, input_data_format=input_data_format, **kwargs)
+
+
 def make_image_processor(
     image_size: int | Sequence[int],
     num_channels: int = 3,
@@ -151,7 +168,8 @@ def make_image_processor(
     """Shorter side to `image_size / crop_pct` (bicubic), center crop, normalize: what the original evaluates with.
 
     The stock processor of ViT does all of it. Its Pillow kind, the same to the pixel as torchvision's transforms on
-    PIL images, where Pillow knows the number of channels. Images that are not of 8 bits take `DINOImageProcessor`.
+    PIL images, where Pillow knows the number of channels; of 1 or 4 channels, it is `DINOPillowImageProcessor`. Images
+    that are not of 8 bits take `DINOImageProcessor`.
 
     Args:
         image_size: Side of the crop, or its height and width; the longer one then counts for the resize.
@@ -162,7 +180,9 @@ def make_image_processor(
         value_range: See `scale_values`.
         is_deep: Whether images have more than 8 bits a channel.
     """
-    processor_class = ViTImageProcessorPil if num_channels in PILLOW_MODES else ViTImageProcessor
+    processor_class = ViTImageProcessorPil if num_channels == 3 else DINOPillowImageProcessor
+    if num_channels not in PILLOW_MODES:
+        processor_class = ViTImageProcessor
     options = {"do_convert_rgb": num_channels == 3}
     if is_deep or value_range:
         processor_class, options = DINOImageProcessor, {"value_range": value_range}

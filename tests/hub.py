@@ -13,7 +13,7 @@ import struct
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -63,6 +63,10 @@ class Hub(ThreadingHTTPServer):
         repository = self.repositories[f"datasets/{name}"] = Repository(private=False, gated=gated)
         repository.change(files)
         self.large_files |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
+
+    def add_model(self, name: str, folder: Path) -> None:
+        repository = self.repositories[f"models/{name}"] = Repository(private=False)
+        repository.change({path.name: path.read_bytes() for path in folder.iterdir()})
 
     def handle_error(self, request, client_address) -> None:
         """A client that has gone is no matter."""

@@ -67,7 +67,7 @@ def out(tmp_path):
             ["--dataset_name", "x", "--output_dir", "y", "--num_train_epochs", "0"],
             "num_train_epochs must be at least 1, got 0",
         ),
-        (["--output_dir", "x"], "dataset_name is missing; give --dataset_name"),
+        (["--output_dir", "x"], "dataset_name must be given"),
         (["--max_steps", "9" * 19], "argument --max_steps: must be below 2**63, got 999999"),
         (["--seed", "x" * 5000], f"argument --seed: invalid int value: '{'x' * 199}...xxx"),
         (["--dataset_name", "x", "--output_dir", "y", "--num_workers", "9999"], "num_workers must be at most 1024"),

@@ -13,12 +13,12 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from modeling_dino import DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
 from modeling_dino.command_line import run
 from modeling_dino.convert_dino_checkpoint import convert, convert_from_command_line
-from modeling_dino.image_processing_dino import make_image_processor
+from modeling_dino.image_processing_dino import DINOPillowImageProcessor, make_image_processor
 
 from .original import FIXTURES, recorded, tiny_config
 
@@ -184,7 +184,11 @@ def test_grey_backbone_gets_an_image_processor_of_one_channel(tmp_path):
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].sum(1, keepdim=True)
     torch.save(state, tmp_path / "grey.pth")
     convert(str(tmp_path / "grey.pth"), str(tmp_path / "ours"), **HEADS)
-    assert len(AutoImageProcessor.from_pretrained(tmp_path / "ours").image_mean) == 1
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "ours")) is DINOPillowImageProcessor
+    convert(str(tmp_path / "ours"), str(tmp_path / "vit"), to="vit")
+    assert not list((tmp_path / "vit").glob("*.py"))
+    stock = AutoImageProcessor.from_pretrained(tmp_path / "vit", backend="pil")
+    assert type(stock) is ViTImageProcessorPil and list(stock.image_mean) == [0.5]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -207,19 +211,45 @@ def test_linear_classifier_of_last_blocks_joins_its_backbone(tmp_path):
         torch.testing.assert_close(model(expected["pixel_values"]).logits, logits, rtol=0, atol=1e-5)
 
 
-def test_linear_classifier_of_vit_base_takes_cls_and_mean_by_turns(tmp_path):
+def test_linear_classifier_of_vit_base_interleaves_cls_and_mean(tmp_path, capsys):
     torch.manual_seed(0)
     config = DINOConfig(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=32)
     backbone = DINOModel(config)
     backbone.save_pretrained(tmp_path / "base")
     linear = linear_classifier(tmp_path / "linear.pth", 5, 1536)
     convert(str(tmp_path / "base"), str(tmp_path / "ours"), linear=str(tmp_path / "linear.pth"))
+    assert (
+        "CLS of the last block and the mean of its patches, alternating channel by channel" in capsys.readouterr().out
+    )
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         tokens = backbone(images).last_hidden_state
         features = torch.cat([tokens[:, :1], tokens[:, 1:].mean(1, keepdim=True)], 1).transpose(1, 2).reshape(2, 1536)
         logits = DINOForImageClassification.from_pretrained(tmp_path / "ours")(images).logits
         torch.testing.assert_close(logits, linear(features), rtol=0, atol=1e-5)
+
+
+def test_linear_classifier_with_mean_interleaves_as_recorded(tmp_path, capsys):
+    linear, expected = linear_classifier(tmp_path / "linear.pth", 7, 2 * 48), recorded("linear_inputs")
+    options = {"linear": str(tmp_path / "linear.pth"), "avgpool_patchtokens": True, **HEADS}
+    convert(str(BACKBONE), str(tmp_path / "ours"), **options)
+    assert "alternating channel by channel" in capsys.readouterr().out
+    with torch.no_grad():
+        logits = DINOForImageClassification.from_pretrained(tmp_path / "ours")(expected["pixel_values"]).logits
+        interleaved = linear(expected["cls_avgpool_interleaved"])
+        torch.testing.assert_close(logits, interleaved, rtol=0, atol=1e-5)
+
+
+def test_linear_classifier_of_two_blocks_and_mean_concatenates(tmp_path, capsys):
+    linear, expected = linear_classifier(tmp_path / "linear.pth", 7, 3 * 48), recorded("linear_inputs")
+    options = {"linear": str(tmp_path / "linear.pth"), "avgpool_patchtokens": True, **HEADS}
+    convert(str(BACKBONE), str(tmp_path / "ours"), **options)
+    printed = capsys.readouterr().out
+    assert "CLS of the last 2 blocks, one after another, then the mean of the last block's patches" in printed
+    with torch.no_grad():
+        logits = DINOForImageClassification.from_pretrained(tmp_path / "ours")(expected["pixel_values"]).logits
+        features = [expected["cls_last2_concat"], expected["cls_avgpool_interleaved"][:, 1::2]]
+        torch.testing.assert_close(logits, linear(torch.cat(features, 1)), rtol=0, atol=1e-5)
 
 
 def test_last_layer_without_weight_norm_gives_the_same_logits(tmp_path):
@@ -277,7 +307,8 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path, capsys):
 
 
 def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
-    linear_classifier(tmp_path / "linear.pth", 7, 50)
+    for name, width in (("linear", 50), ("one", 48), ("two", 96)):
+        linear_classifier(tmp_path / f"{name}.pth", 7, width)
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("nothing")
     (tmp_path / "empty").mkdir()
@@ -293,7 +324,7 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
     out, heads = tmp_path / "out", ("--num_attention_heads", "3")
     for argv, message in [
         ((tmp_path / "none.pth", out), "there is no file or folder"),
-        ((tmp_path / "empty", out), "there is no config.json in it"),
+        ((tmp_path / "empty", out), "must hold a config.json, or student and teacher, got neither"),
         ((tmp_path / "bert", out), "is a bert; allowed are dino, vit, and timm's Vision Transformers"),
         ((tmp_path / "list.pth", out), "holds a list, no dictionary of tensors"),
         ((tmp_path / "text.pth", out), "is no file of PyTorch's"),
@@ -307,6 +338,19 @@ def test_other_mistakes_say_what_is_allowed(backbone, tmp_path, capsys):
         ((BACKBONE, out, "--linear", tmp_path / "linear.pth", *heads), "width 50, no multiple of the backbone's 48"),
         ((BACKBONE, out, "--linear", BACKBONE, *heads), "is no linear classifier of the original"),
         ((CHECKPOINT, out, "--linear", tmp_path / "linear.pth", *heads), "--linear needs a backbone"),
+        (
+            (BACKBONE, out, "--linear", tmp_path / "two.pth", "--n_last_blocks", "3", *heads),
+            "n_last_blocks must be 2 for features of width 96, got 3. Leave it out",
+        ),
+        (
+            (BACKBONE, out, "--linear", tmp_path / "two.pth", "--n_last_blocks", "0", *heads),
+            "n_last_blocks must be 2 for features of width 96, got 0. Leave it out",
+        ),
+        (
+            (BACKBONE, out, "--linear", tmp_path / "one.pth", "--avgpool_patchtokens", *heads),
+            "the width of features must be at least 96 with avgpool_patchtokens, got 48",
+        ),
+        ((BACKBONE, out, "--n_last_blocks", "2", *heads), "are of a classifier. Give it by --linear"),
         ((CHECKPOINT, out, "--to", "vit", *heads), "--to vit needs a backbone: give --key teacher"),
         ((backbone, BACKBONE), "is there already; give another folder to write"),
         ((backbone, backbone, "--to", "vit"), "is there already; give another folder to write"),

@@ -106,7 +106,7 @@ def test_transparent_images_are_put_on_the_background(recipe, photos, tmp_path):
         run = tmp_path / background.strip("#")
         trained(*argv, "--output_dir", run, "--background", background)
         with Image.open(run / "figures/crops.png") as picture:
-            assert np.abs(np.array(picture)[0, 0].astype(int) - corner).max() <= 1
+            assert np.abs(np.array(picture)[-1, 0].astype(int) - corner).max() <= 1
 
 
 def test_resumed_stream_keeps_the_image_processor(recipe, tmp_path):  # noqa: F811

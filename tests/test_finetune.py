@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from transformers import (
     pipeline,
 )
 
-from evaluation import finetune
+from evaluation import few_shot, finetune
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.decoding import Reading
 from evaluation.finetune import learning_rate_at, load_classifier, make_mixing, make_transform, parameter_groups, train
+from evaluation.labels import draw_per_class
 from evaluation.supervised import AugmentedImages, Batches
 from modeling_dino import DINOForImageClassification, DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
@@ -310,3 +312,62 @@ def test_checkpoint_of_any_classifier_becomes_one_on_the_last_cls_token(tmp_path
 def test_what_cannot_be_is_refused(argv, message, model_folder, stripes):
     with pytest.raises(ValueError, match=message):
         run(model_folder, stripes, "--epochs", 2, *argv)
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+def test_labels_per_class_are_those_of_few_shot(protocol, model_folder, stripes, tmp_path, monkeypatch):
+    """The same images as in the first draw of `few_shot` with that seed, and no others."""
+    module, seen = sys.modules[f"evaluation.{protocol}"], []
+
+    def recorded(images, order, num_workers):
+        seen.append(np.sort(order.indices))
+        return make_loader(images, order, num_workers)
+
+    make_loader = module.make_loader
+    monkeypatch.setattr(module, "make_loader", recorded)
+    argv = ["--model", model_folder, "--dataset_name", stripes, "--batch_size", 16, "--seed", 3]
+    few = ["--labels_per_class", 4, "--epochs", 1, "--output", tmp_path / "r.json"] + ["--n_last_blocks", 1] * (
+        protocol == "linear"
+    )
+    evaluate_from_command_line([protocol, *map(str, argv + few)])
+    report = read(tmp_path / "r.json")
+    assert report["settings"]["labels_per_class"] == 4 and report["data"]["num_trained"] == 8
+    labels = np.array(DatasetDict.load_from_disk(stripes)["train"]["label"])
+    drawn = []
+
+    def draw(*args):
+        drawn.append(draw_per_class(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(few_shot, "draw_per_class", draw)
+    evaluate_from_command_line(["few_shot", *map(str, argv), "--shots", "4", "--percent", "--num_draws", "2"])
+    [indices] = seen
+    assert np.bincount(labels[indices]).tolist() == [4, 4]
+    assert indices.tolist() == np.sort(drawn[0]).tolist() != np.sort(drawn[1]).tolist()
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "linear"])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            22,
+            "labels_per_class must be at most 21, the number of training images of class vertical, got 22.",
+        ),
+        (0, "labels_per_class must be at least 1, got 0"),
+    ],
+)
+def test_labels_per_class_that_cannot_be_are_refused(protocol, number, message, model_folder, stripes):
+    argv = [protocol, "--model", str(model_folder), "--dataset_name", str(stripes)]
+    argv += ["--n_last_blocks", "1"] * (protocol == "linear")
+    with pytest.raises(ValueError, match=message):
+        evaluate_from_command_line([*argv, "--labels_per_class", str(number)])
+
+
+def test_held_out_images_are_of_the_labeled_ones(model_folder, stripes, tmp_path):
+    argv = ["linear", "--model", str(model_folder), "--dataset_name", str(stripes), "--epochs", "1"]
+    argv += ["--learning_rates", "0.1", "1", "--labels_per_class", "5", "--val_fraction", "0.4"]
+    argv += ["--n_last_blocks", "1"]
+    evaluate_from_command_line([*argv, "--output", str(tmp_path / "r.json")])
+    data = read(tmp_path / "r.json")["data"]
+    assert (data["num_trained"], data["num_held_out"]) == (6, 4)

@@ -210,7 +210,7 @@ def test_card_is_uploaded_as_it_was_edited(run, monkeypatch, has_manifest):
     card = (run / "README.md").read_text()
     assert "me/first" in card and "my_dino.py" not in Hub.files
     assert content(run)["README.md"] in json.loads((run / "run.json").read_text())["published"]["README.md"]
-    card = card.replace("me/first", publish._ADDRESS).replace("dino-hf", "my own work")
+    card = card.replace("me/first", publish.ADDRESS).replace("dino-hf", "my own work")
     (run / "README.md").write_text(card)
     if not has_manifest:
         (run / "run.json").unlink()

@@ -198,7 +198,7 @@ def test_draws_go_by_the_seed_and_more_of_them_begin_with_the_same(bank):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shots": 1000}, r"class \d has \d+ training images, fewer than the 1000 shots"),
+        ({"shots": 1000}, r"shots must be at most \d+, the number of training images of class \d, got 1000"),
         ({"shots": 0}, "shots must be at least 1"),
         ({"percent": 101}, "at most 100"),
         ({"percent": 1, "num_draws": 0}, "num_draws"),
@@ -312,7 +312,10 @@ def test_commands_report_what_the_functions_find(model, small_folder, tmp_path):
         (["logistic"], "no training images of 1 of the test images' classes, such as 3"),
         (["logistic", "--eval_split", "train"], "logistic learns from one split and is measured on another"),
         (["logistic", "--eval_split", "validation", "--c", "0"], "C must be above 0"),
-        (["few_shot", "--eval_split", "validation", "--shots", "9", "--percent"], "class eel has 4 training images"),
+        (
+            ["few_shot", "--eval_split", "validation", "--shots", "9", "--percent"],
+            "at most 4, the number of training images of class eel, got 9",
+        ),
         (["few_shot", "--eval_split", "validation", "--shots", "--percent"], "give --shots or --percent"),
         (["clustering", "--num_clusters", "5"], "clusters must be from 2 to the 4 images"),
     ],

@@ -1,6 +1,7 @@
 """Whole runs through the real commands, on a network of a few thousand parameters."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib import pyplot as plt
 from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_dino.convert_dino_checkpoint import convert
+from training.monitor import draw_curves
 
 from .commands import command, trained
 from .original import FIXTURES
@@ -140,13 +143,33 @@ def test_printed_snippet_loads_the_teacher(run, tmp_path):
 
 
 def test_first_crops_are_drawn_as_the_networks_see_them(run):
-    """Eight rows of two global crops of 16 and two local ones of 8 pixels; flat where it says so, not normalised."""
+    """Under titles, eight rows of two global crops of 16 and two local ones of 8 pixels, eight times as large."""
     with Image.open(run[0] / "figures/crops.png") as picture:
-        assert picture.size == (2 * 16 + 2 * 8 + 3 * 4, 8 * 20 - 4)
+        assert picture.size == (2 * 128 + 2 * 64 + 3 * 4, 20 + 8 * 132 - 4)
         pixels = np.array(picture)
-    assert (pixels[:, 16:20] == 255).all()  # a gap
-    for left in (0, 20):  # a picture may be flat; all are not
-        assert np.median([pixels[top : top + 16, left : left + 16].std() for top in range(0, 160, 20)]) > 10
+    titles, pixels = pixels[:20], pixels[20:]
+    for left, width in ((0, 128), (132, 128), (264, 64), (332, 64)):
+        assert titles[:, left + 2 : left + width - 2].min() < 100  # which keeps within its column
+    assert (pixels[:, 128:132] == 255).all()  # a gap
+    for left in (0, 132):  # a picture may be flat; all are not
+        crops = [pixels[top : top + 128, left : left + 128] for top in range(0, 8 * 132, 132)]
+        assert all((crop == crop[::8, ::8].repeat(8, 0).repeat(8, 1)).all() for crop in crops)
+        assert np.median([crop.std() for crop in crops]) > 10
+
+
+def test_no_image_is_drawn_twice(recipe, flat_folder, tmp_path):  # noqa: F811
+    """Two of eight images are broken, and others take their places in the batch."""
+    shutil.copytree(flat_folder, tmp_path / "images")
+    for number in (8, 9, 10, 11):
+        (tmp_path / f"images/{number}.png").unlink()
+    for number in (2, 5):
+        (tmp_path / f"images/{number}.png").write_bytes(b"broken")
+    argv = ("--config", recipe, "--dataset_name", tmp_path / "images", "--output_dir", tmp_path / "run")
+    trained(*argv, "--max_steps", 1, "--max_skipped_fraction", 1, "--report_to", "none")
+    with Image.open(tmp_path / "run/figures/crops.png") as picture:
+        pixels = np.array(picture)[20:]
+    rows = [pixels[top : top + 128] for top in range(0, len(pixels), 132)]
+    assert len(rows) == 6 and len({row.tobytes() for row in rows}) == 6
 
 
 def test_waiting_for_data_is_a_share_of_the_time(run):
@@ -157,6 +180,24 @@ def test_waiting_for_data_is_a_share_of_the_time(run):
 def test_curves_are_drawn(run):
     with Image.open(run[0] / "figures/curves.png") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("with_knn", [True, False])
+def test_curves_show_what_decides_the_verdict(run, tmp_path, monkeypatch, with_knn):
+    lines = [line for line in metrics(run[0]) if "loss" in line]
+    knn = [{"step": 0, "knn_10_top1": 50.0}] * with_knn
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in knn + lines))
+    figures = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    draw_curves(tmp_path, 64)
+    axes = {axis.get_title().partition(" [")[0]: axis for axis in figures[0].axes}
+    expected = ["loss", "teacher entropy", "target information"] + ["k-NN of the teacher, top-1"] * with_knn
+    assert list(axes) == expected
+    for title in expected[:3]:
+        curve, limit = axes[title].lines
+        assert curve.get_ydata().tolist() == [line[title.replace(" ", "_")] for line in lines]
+        assert limit.get_ydata()[0] == pytest.approx(0.1 if title == "target information" else math.log(64))
+    assert axes["target information"].get_title().endswith(f"verdict: {lines[-1]['verdict']}")
 
 
 def test_run_resumes_as_if_it_had_never_stopped(run, recipe, parquet_folder, tmp_path):

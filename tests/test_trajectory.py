@@ -26,42 +26,62 @@ train_module = sys.modules[train.__module__]
 FIRST_PIXELS = [-1.04080117, 0.91660416, -1.30419040, -1.10967839]  # of the first recorded crop
 
 
-@pytest.mark.parametrize("trajectory", ["adamw", "adamw_free_g", "sgd", "lars"])
-def test_trajectory_is_the_originals(monkeypatch, trajectory):
-    """`free_g` has trainable gains in the last layer. All four start from the same student."""
-    settings, expected = META[f"trajectory_{trajectory}"], recorded(f"trajectory_{trajectory}")
-    args = TrainingArguments(
-        dataset_name="x",
-        output_dir="y",
-        num_train_epochs=settings["epochs"],
-        per_device_train_batch_size=settings["batch"],
-        base_learning_rate=settings["base_lr"],
-        min_learning_rate=settings["min_lr"],
-        warmup_epochs=settings["warmup_epochs"],
-        num_local_crops=META["L"],
-        **{
-            name: settings[name]
-            for name in (
-                *("weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "student_temp"),
-                *("center_momentum", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs"),
-                *("freeze_last_layer_epochs", "optimizer"),
-            )
-        },
-    )
-    num_steps = settings["epochs"] * settings["steps_per_epoch"]
-    schedule = Schedule(args, settings["steps_per_epoch"], num_steps, settings["batch"])
-    student = DINOForPreTraining(tiny_config(norm_last_layer=settings["norm_last_layer"]))
-    student.load_state_dict(our_names(recorded("trajectory_adamw"), "init."))
-    teacher = make_teacher(student)
-    accelerator = Accelerator(cpu=True)
-    state = prepare_state(accelerator, args, student, teacher)
-    guard = Guard(accelerator, state.optimizer)
-    # the recorded crops are normalised already
-    monkeypatch.setattr(train_module, "finish_crops", lambda batch, device, args: batch.crops)
+class Trajectory:
+    """Our training of the recorded network, by its settings, on the recorded crops."""
 
-    generator = torch.Generator().manual_seed(2)  # that the recorded crops were drawn with
-    for step in range(num_steps):
-        now = schedule(step)
+    def __init__(self, name: str):
+        self.settings, self.expected = META[f"trajectory_{name}"], recorded(f"trajectory_{name}")
+        settings = self.settings
+        self.args = TrainingArguments(
+            dataset_name="x",
+            output_dir="y",
+            num_train_epochs=settings["epochs"],
+            per_device_train_batch_size=settings["batch"],
+            base_learning_rate=settings["base_lr"],
+            min_learning_rate=settings["min_lr"],
+            warmup_epochs=settings["warmup_epochs"],
+            num_local_crops=META["L"],
+            **{
+                name: settings[name]
+                for name in (
+                    *("weight_decay", "weight_decay_end", "clip_grad", "momentum_teacher", "student_temp"),
+                    *("center_momentum", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs"),
+                    *("freeze_last_layer_epochs", "optimizer"),
+                )
+            },
+        )
+        self.num_steps = settings["epochs"] * settings["steps_per_epoch"]
+        self.schedule = Schedule(self.args, settings["steps_per_epoch"], self.num_steps, settings["batch"])
+        student = DINOForPreTraining(tiny_config(norm_last_layer=settings["norm_last_layer"]))
+        student.load_state_dict(our_names(recorded("trajectory_adamw"), "init."))
+        self.accelerator = Accelerator(cpu=True)
+        self.state = prepare_state(self.accelerator, self.args, student, make_teacher(student))
+        self.guard = Guard(self.accelerator, self.state.optimizer)
+        self.generator = torch.Generator().manual_seed(2)  # that the recorded crops were drawn with
+
+    def draw_crops(self) -> list[torch.Tensor]:
+        """Of the next step: global ones (2 * batch, 3, img, img), and local ones."""
+        shapes = [(views, META["B"], 3, size, size) for views, size in ((2, META["img"]), (META["L"], META["loc"]))]
+        return [torch.randn(shape, generator=self.generator).flatten(0, 1) for shape in shapes]
+
+    def take_step(self, step: int, crops: list[torch.Tensor]) -> None:
+        """Train on crops, which are normalized already."""
+        batch = CropBatch(crops, [None, None])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_module, "finish_crops", lambda batch, device, args: batch.crops)
+            train_step(
+                self.accelerator, self.args, self.state, [batch], step + 1, self.schedule(step), self.guard
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("trajectory", ["adamw", "adamw_free_g", "sgd", "lars"])
+def test_trajectory_is_the_originals(trajectory):
+    """`free_g` has trainable gains in the last layer. All four start from the same student."""
+    ours = Trajectory(trajectory)
+    args, state, expected = ours.args, ours.state, ours.expected
+    student, teacher = state.student, state.teacher
+    for step in range(ours.num_steps):
+        now = ours.schedule(step)
         for name, value in (
             ("lr", now.learning_rate),
             ("weight_decay", now.weight_decay),
@@ -69,13 +89,11 @@ def test_trajectory_is_the_originals(monkeypatch, trajectory):
             ("teacher_temp", now.teacher_temp),
         ):
             assert value == pytest.approx(expected[name][step].item(), rel=1e-14)
-        shapes = [(views, META["B"], 3, size, size) for views, size in ((2, META["img"]), (META["L"], META["loc"]))]
-        crops = [torch.randn(shape, generator=generator).flatten(0, 1) for shape in shapes]
+        crops = ours.draw_crops()
         if not step:  # else PyTorch draws otherwise than it did for the original
             assert crops[0].flatten()[:4].tolist() == pytest.approx(FIRST_PIXELS, abs=1e-7)
-        batch = CropBatch(crops, [None, None])
-        train_step(accelerator, args, state, [batch], step + 1, now, guard)
-        assert state.signals.read(accelerator)["loss"] == pytest.approx(expected["loss"][step].item(), rel=5e-6)
+        ours.take_step(step, crops)
+        assert state.signals.read(ours.accelerator)["loss"] == pytest.approx(expected["loss"][step].item(), rel=5e-6)
         state.signals.reset()
         torch.testing.assert_close(state.dino_loss.center, expected[f"step.{step}.center"], rtol=0, atol=1e-6)
 

@@ -17,6 +17,7 @@ def _is_command() -> bool:
 
 if _is_command():  # the libraries take seconds to import
     interruption.listen("dino-train", EXIT_CODE, " before the first step")
+    interruption.announce("importing PyTorch and transformers")
 
 from .arguments import TrainingArguments  # noqa: E402
 from .loss import DINOLoss  # noqa: E402

@@ -14,7 +14,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from evaluation.decoding import MAX_IMAGE_PIXELS, Reading
 from evaluation.workers import MAX_WORKERS
-from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, nearest
+from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, nearest, short_in_notebooks
 
 from .augmentation import AugmentationArguments
 
@@ -189,11 +189,12 @@ class TrainingArguments(AugmentationArguments):
     hub_model_id: str | None = HfArg(default=None, help="Name on the Hub, as user/model.")
     hub_private_repo: bool = HfArg(default=False, help="Make the repository private, if it is new.")
 
+    @short_in_notebooks()
     def __post_init__(self):
         super().__post_init__()
         for name in ("dataset_name", "output_dir"):
             if getattr(self, name) is None:
-                raise ValueError(f"{name} is missing; give --{name}")
+                raise ValueError(f"{name} must be given")
         names = [field.name for field in dataclasses.fields(self)]
         for name in self.allow_changed:
             if name not in (*names, "data", "mixed_precision"):  # the images themselves; the launcher's

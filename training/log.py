@@ -3,6 +3,7 @@
 import faulthandler
 import logging
 import math
+import os
 import sys
 import textwrap
 import warnings
@@ -11,11 +12,13 @@ from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from datasets.utils import logging as datasets_logging
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import evaluation
 from evaluation.interruption import Stopping
-from modeling_dino.command_line import one_line, printable
+from modeling_dino.command_line import as_arguments, is_notebook, one_line, printable
 
 
 OURS = Path(evaluation.__file__).parent
@@ -39,7 +42,8 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # nobody reads it any more
-            tqdm.write(printable(" ".join(self.format(record).split())), file=sys.stderr)
+            line = printable(" ".join(self.format(record).split()))
+            tqdm.write(as_arguments(line) if is_notebook() else line, file=sys.stderr)
 
 
 class _File(logging.FileHandler):
@@ -61,6 +65,29 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def say(text: str) -> None:
+    """Write a line on the console, above a bar that may be there, and in the log."""
+    try:
+        tqdm.write(as_arguments(text) if is_notebook() else text)
+        sys.stdout.flush()  # a pipe or a file would keep it
+    except OSError:  # whoever read it has gone, and the training goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    logger.info(text)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Context manager within which libraries draw no bars, neither in a terminal nor in a notebook."""
+    libraries = [module for module in (datasets_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 class RunLog(MemoryHandler):

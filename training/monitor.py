@@ -11,22 +11,69 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from evaluation.pictures import choose_channels
+from modeling_dino.command_line import is_notebook
 
 from .augmentation import NUM_GLOBAL_CROPS, AugmentationArguments, CropBatch, finish_crops
-from .verdict import FAILING, TOO_EARLY, Judge
+from .log import say
+from .start import duration
+from .verdict import FAILING, NO_INFORMATION, TOO_EARLY, Judge
 
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
 MAX_JUDGED = 10_000  # lines, of some KiB each
+NARROWEST_CROP = 60  # pixels in crops.png, as wide as a title
 NUM_PROGRESS_LINES = 6  # where there is no terminal for a bar; and one of the start
 
 logger = logging.getLogger(__name__)
+
+
+class Bar(tqdm):
+    """A progress bar in text that fits any width: what does not fit is dropped, the least important part first.
+
+    It needs a terminal or a notebook, which shows the text in place, as a terminal does.
+
+    Args:
+        total: Steps of the whole run.
+        initial: Steps done before.
+        enabled: Whether to draw it.
+    """
+
+    def __init__(self, total: int, initial: int, enabled: bool):
+        self.values = []  # of the last line of metrics, the most important first
+        file = sys.stdout if is_notebook() else sys.stderr  # lines and bar in turn would leave a trace of each bar
+        disable = not enabled or not (is_notebook() or file.isatty())
+        # nrows: tqdm hides bars where a terminal says that it has no rows
+        super().__init__(total=total, initial=initial, file=file, disable=disable, mininterval=0.5, nrows=20)
+
+    def __str__(self) -> str:
+        values, width = self.format_dict | {"ncols": None}, width_of(self.fp)
+        steps, graph = "{n_fmt}/{total_fmt}", "{percentage:3.0f}%|{bar:10}| "
+        left = "{remaining} left" if self.n > self.initial else "waiting for the first step"
+        parts = [steps, *self.values[:1], left, *self.values[1:3], graph, *self.values[3:]]
+        shown = ""
+        for number in range(1, len(parts) + 1):
+            texts = [part for part in parts[:number] if part is not graph]
+            bar_format = graph * (graph in parts[:number]) + ", ".join(texts)
+            text = self.format_meter(**values | {"bar_format": bar_format})
+            if len(text) >= width:
+                break
+            shown = text
+        return shown
+
+
+def width_of(file: TextIO) -> int:
+    """Return the columns of a terminal: 80 where it does not say, or where it is a notebook."""
+    try:
+        return os.get_terminal_size(file.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 class Monitor:
@@ -67,16 +114,9 @@ class Monitor:
                 self.judged += [line for line in kept if "verdict" in line]
         self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.said = next((line["verdict"] for line in reversed(self.judged) if line["verdict"] != TOO_EARLY), None)
-        self.bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            disable=None if enabled else True,  # None: unless there is a terminal
-            mininterval=0.5,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]",
-        )
-        self.start = self.since = time.perf_counter()
+        self.bar = Bar(num_steps, first_step, enabled)
+        self.since = time.perf_counter()
+        self.steady = self.since, first_step  # when the first step, which also sets up libraries, was done; its number
         self.progress = -1  # of NUM_PROGRESS_LINES
         self.images = 0
         self.waited = 0.0  # seconds since the last line of metrics
@@ -136,6 +176,14 @@ class Monitor:
         """Leaves out of images/s what has passed since `elapsed = pause()`."""
         self.since = time.perf_counter() - elapsed
 
+    def show_first(self, step: int, values: dict[str, float], is_cpu: bool) -> None:
+        """Show the first step at once, and on a CPU what it says of the whole run; a GPU's warms up."""
+        seconds = time.perf_counter() - self.since
+        self.steady = time.perf_counter(), step
+        left = f", so about {duration(seconds * (self.num_steps - step))} are left" if is_cpu else ""
+        self.bar.values = [f"loss {values['loss']:.3f}", f"{values['loss_over_ln_k']:.2f} ln K"]
+        self.say(f"step {step} of {self.num_steps}: {', '.join(self.bar.values)}, took {duration(seconds)}{left}")
+
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """A line of training metrics after `step` steps; adds images/s and `data_wait`, since the last one.
 
@@ -154,14 +202,19 @@ class Monitor:
         if self.enabled:
             line["verdict"] = self._judge(step, line)
         self.write(step, line)
-        summary = (
-            f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K), entropy {values['teacher_entropy']:.2f}"
-            f", lr {values['learning_rate']:.1e}, {images_per_second:.0f} images/s, data wait {data_wait:.0%}"
-        )
-        self.bar.set_postfix_str(summary, refresh=False)
+        self.bar.values = [
+            f"loss {values['loss']:.3f}",
+            f"{values['loss_over_ln_k']:.2f} ln K",
+            f"{images_per_second:.0f} images/s",
+            f"entropy {values['teacher_entropy']:.2f}",
+            f"lr {values['learning_rate']:.1e}",
+            f"data wait {data_wait:.0%}",
+        ]
+        summary = ", ".join(self.bar.values)
         progress = step * NUM_PROGRESS_LINES // self.num_steps
         if self.bar.disable and progress > self.progress:
-            left = (time.perf_counter() - self.start) / (step - self.first_step) * (self.num_steps - step)
+            start, first = self.steady
+            left = (time.perf_counter() - start) / max(step - first, 1) * (self.num_steps - step)
             self.say(f"step {step} of {self.num_steps}: {summary}, {tqdm.format_interval(left)} left")
             self.progress = progress
         elif self.enabled:
@@ -201,12 +254,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line on the console, above the bar, and in the log."""
         if self.enabled:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()  # a pipe or a file would keep it
-            except OSError:  # whoever read it has gone, and the training goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            logger.info(text)
+            say(text)
 
     def close(self) -> None:
         self.bar.close()
@@ -259,29 +307,57 @@ def to_pictures(crops: torch.Tensor, args: AugmentationArguments) -> torch.Tenso
 
 
 def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) -> Path:
-    """Draws what the networks see of the first eight images into `figures/crops.png`: one a row, global ones first."""
-    batch_size = len(batch.crops[0]) // NUM_GLOBAL_CROPS
-    num_images, gap = min(8, batch_size), 4
+    """Draw what the networks see of the first eight different images of a batch into `figures/crops.png`, one a row.
+
+    Small crops are enlarged, pixel by pixel, so that the titles fit.
+    """
+    batch_size, gap = len(batch.crops[0]) // NUM_GLOBAL_CROPS, 4
+    rows = _different_images(batch, batch_size)[:8]
     columns = []
     for crops in finish_crops(batch, "cpu", args):
         for seen in crops.split(batch_size):  # of the crop-major rows
-            seen = to_pictures(seen[:num_images], args)
+            seen = to_pictures(seen[rows], args)
             columns.append(seen[:, choose_channels(seen.shape[1], args.display_channels)])
+    factor = math.ceil(NARROWEST_CROP / min(pictures.shape[-1] for pictures in columns))
+    columns = [pictures.repeat_interleave(factor, 2).repeat_interleave(factor, 3) for pictures in columns]
     widths = [pictures.shape[-1] for pictures in columns]
-    row = max(widths) + gap
-    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), num_images * row - gap), "white")
+    font = ImageFont.load_default(13)
+    top, height = 20, max(widths) + gap
+    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) - 1), top + len(rows) * height - gap), "white")
     for column, pictures in enumerate(columns):
         left = sum(widths[:column]) + gap * column
+        is_global = column < NUM_GLOBAL_CROPS
+        title = f"global {column + 1}" if is_global else f"local {column + 1 - NUM_GLOBAL_CROPS}"
+        ImageDraw.Draw(canvas).text((left + widths[column] / 2, top / 2), title, "black", font, anchor="mm")
         for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
-            canvas.paste(Image.fromarray(picture), (left, i * row))
+            canvas.paste(Image.fromarray(picture), (left, top + i * height))
     path = output_dir / "figures" / "crops.png"
     path.parent.mkdir(exist_ok=True)
     canvas.save(path)
     return path
 
 
+def _different_images(batch: CropBatch, batch_size: int) -> list[int]:
+    """Return the rows of a batch without repeated images, as of those that replace broken ones."""
+    crops = [crops.unflatten(0, (-1, batch_size)) for crops in batch.crops]
+    indices = batch.images.images if batch.images else []  # rows of a stream come once
+    rows = []
+    for row in range(batch_size):
+        is_repeated = any(
+            all(torch.equal(of_size[:, row], of_size[:, before]) for of_size in crops)
+            or (isinstance(indices[row], int) and indices[row] == indices[before])
+            for before in rows
+        )
+        if not is_repeated:
+            rows.append(row)
+    return rows
+
+
 def draw_curves(output_dir: Path, out_dim: int) -> Path:
-    """Draws loss, teacher entropy and k-NN of a run into `figures/curves.png`; grey lines: ln K, what chance gives."""
+    """Draw loss, teacher entropy, target information, which decides the verdict, and k-NN into `figures/curves.png`.
+
+    Gray lines: ln K, what chance gives; and the target information below which a run fails.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,22 +366,33 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
     metrics = read_metrics(output_dir)
     training = [line for line in metrics if "loss" in line]
     knn = [line for line in metrics if any(key.startswith("knn_") for key in line)]
-    figure, axes = plt.subplots(1, 3 if knn else 2, figsize=(13.5 if knn else 9, 3.6), layout="constrained")
-    for axis, key, title in zip(axes, ("loss", "teacher_entropy"), ("loss", "teacher entropy [nats]")):
-        marker = "o" if len(training) == 1 else None  # a line of one point is not seen
-        points = [line["step"] for line in training], [line[key] for line in training]
-        axis.plot(*points, color="#1f5fa8", marker=marker)
-        axis.axhline(math.log(out_dim), color="0.6", linewidth=1, linestyle="--")
-        axis.annotate("ln K", (1, math.log(out_dim)), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+    grid, size = ((2, 2), (9, 6.6)) if knn else ((1, 3), (13.5, 3.6))
+    figure, axes = plt.subplots(*grid, figsize=size, layout="constrained")
+    axes = axes.flatten()
+    limits = (
+        (math.log(out_dim), "ln K"),
+        (math.log(out_dim), "ln K"),
+        (NO_INFORMATION, f"failing below {NO_INFORMATION}"),
+    )
+    keys = ("loss", "teacher_entropy", "target_information")
+    titles = ("loss [nats]", "teacher entropy [nats]", "target information [nats]")
+    for axis, key, title, (limit, name) in zip(axes, keys, titles, limits):
+        points = [(line["step"], line[key]) for line in training if key in line]
+        marker = "o" if len(points) == 1 else None  # a line of one point is not seen
+        axis.plot(*zip(*points), color="#1f5fa8", marker=marker)
+        axis.axhline(limit, color="0.6", linewidth=1, linestyle="--")
+        axis.annotate(name, (1, limit), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                       textcoords="offset points", ha="right", color="0.4")  # fmt: skip
         axis.set(title=title, ylim=(0, None))
+    if verdicts := [line["verdict"] for line in training if "verdict" in line]:
+        axes[2].set_title(f"{titles[2]}, verdict: {verdicts[-1]}")
     if knn:
         keys = [key for key in knn[0] if key.endswith("_top1")]
         for key, shade in zip(keys, plt.cm.viridis([i / max(len(keys), 1) for i in range(len(keys))])):
             points = [(line["step"], line[key]) for line in knn if key in line]
-            axes[-1].plot(*zip(*points), marker="o", markersize=3, color=shade, label=f"k = {key.split('_')[1]}")
-        axes[-1].set(title="k-NN of the teacher, top-1 [%]")
-        axes[-1].legend(frameon=False)
+            axes[3].plot(*zip(*points), marker="o", markersize=3, color=shade, label=f"k = {key.split('_')[1]}")
+        axes[3].set(title="k-NN of the teacher, top-1 [%]")
+        axes[3].legend(frameon=False)
     for axis in axes:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)

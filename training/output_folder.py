@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 import modeling_dino
+from evaluation.cards import is_classifier
 from evaluation.images import is_path
 from evaluation.outputs import replacing
 
@@ -238,10 +239,12 @@ class OutputFolder:
             temporary.write_bytes(text)
 
     def may_upload(self, name: str) -> bool:
-        """Return whether a run wrote a file of this name here; it may have been edited since."""
+        """Return whether a run or `dino-eval` wrote a file of this name here; it may have been edited since."""
         if (self.path / MANIFEST).exists():
             return name in self.published or name in self.claimed
-        return name in (*WRITTEN, *PUBLISHED) or _is_weights(name)  # of an earlier version
+        # of a classifier of dino-eval, or of a run of an earlier version
+        names = PUBLISHED if is_classifier(self.path) else (*WRITTEN, *PUBLISHED)
+        return name in names or _is_weights(name)
 
     def _checkpoints(self, suffix: str) -> list[Path]:
         folders = (self.path / "checkpoints").glob(f"step_*.{suffix}")
@@ -288,6 +291,7 @@ class OutputFolder:
         card, config = self.path / "README.md", self.path / "config.json"
         has_card = card.is_file() and "dino-hf" in card.read_text(errors="replace")
         has_config = config.is_file() and '"model_type": "dino"' in config.read_text(errors="replace")
+        has_config = has_config and not is_classifier(self.path)
         if not any(map(is_checkpoint, list_checkpoints(self.path))) and not (has_card and has_config):
             return {"claimed": [], "published": {}, "processes": []}
         names = ["README.md"] * has_card + [*PUBLISHED[:2], *CODE, *self._weights()] * has_config

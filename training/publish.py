@@ -11,8 +11,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 
+from evaluation.cards import ADDRESS, describe_network, is_classifier
 from evaluation.images import is_path
 from evaluation.interruption import interruption
+from evaluation.outputs import write_text
 from modeling_dino import DINOModel
 from modeling_dino.command_line import Parser, run_process
 from modeling_dino.image_processing_dino import PILLOW_MODES, DINOImageProcessor
@@ -25,7 +27,6 @@ from .output_folder import OutputFolder
 # what of a run's folder is published: no checkpoints, no picture of the images, and nothing that others have put there
 _PUBLISHED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
               "*_dino.py", "metrics.jsonl", "figures/curves.png", "README.md")  # fmt: skip
-_ADDRESS = "path/to/this/folder"  # in the card, until it is uploaded: a real path would tell of its owner
 
 
 def publish(backbone: DINOModel, image_processor: ViTImageProcessorPil | ViTImageProcessor, folder: Path) -> None:
@@ -56,8 +57,8 @@ def usage(
     if isinstance(image_processor, DINOImageProcessor):
         library, image, options = _reader(ending, args.tiff_pages)
     elif num_channels in PILLOW_MODES:
-        library, image = "PIL.Image", f'PIL.Image.open("image.jpg").convert("{PILLOW_MODES[num_channels]}")'
-        options = "" if num_channels == 3 else ', input_data_format="channels_last"'
+        file = "image.png" if num_channels == 4 else "image.jpg"
+        library, image, options = "PIL.Image", f'PIL.Image.open("{file}").convert("{PILLOW_MODES[num_channels]}")', ""
     else:
         library, image = "numpy", f'numpy.zeros(({num_channels}, {height}, {width}), "uint8")'
         options = ', input_data_format="channels_first"'
@@ -97,7 +98,7 @@ def write_card(
     else:
         start = "" if is_resumed else "random weights"  # a run that goes on does not know
     rows = {
-        "network": f"{_describe(backbone)} ({backbone.num_parameters():,} parameters)",
+        "network": describe_network(backbone),
         "images": " and ".join(sources) + ("" if num_images is None else f", {num_images:,}"),
         "training": f"{num_steps:,} steps of {global_batch_size} images",
         "values": _describe_values(args, image_processor),
@@ -112,7 +113,7 @@ def write_card(
         "loss at the end": f"{losses[-1]:.3f}",
     }
     has_curves = (Path(args.output_dir) / "figures/curves.png").is_file()
-    curves = "![Loss and teacher entropy over the steps](figures/curves.png)" if has_curves else ""
+    curves = "![Loss, teacher entropy and target information over the steps](figures/curves.png)" if has_curves else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     data = ModelCardData(
         library_name="transformers",
@@ -120,8 +121,6 @@ def write_card(
         tags=["dino", "self-supervised-learning", "vision"],
         datasets=hub_datasets or None,
     )
-    pipeline = f'`pipeline("image-feature-extraction", "{_ADDRESS}", trust_remote_code=True)` gives the same with '
-    pipeline = "" if isinstance(image_processor, DINOImageProcessor) else pipeline + "`pool=True`.\n\n"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -132,10 +131,12 @@ Features of images, learned without labels by [DINO](https://arxiv.org/abs/2104.
 training with dino-hf.
 
 ```python
-{usage(backbone, image_processor, _ADDRESS, args, ending, trust_remote_code=True)}
+{usage(backbone, image_processor, ADDRESS, args, ending, trust_remote_code=True)}
 ```
 
-{pipeline}| | |
+{_describe_pipeline(backbone, image_processor)}
+
+| | |
 |---|---|
 {table}
 
@@ -144,16 +145,16 @@ training with dino-hf.
     ModelCard(content).save(path)
 
 
-def _describe(backbone: DINOModel) -> str:
-    config = backbone.config
-    if config.backbone_config is None:
-        size = f"{config.patch_size} x {config.patch_size}"
+def _describe_pipeline(backbone: DINOModel, image_processor) -> str:
+    """Say whether pipelines of transformers, which turn every image to RGB of 8 bits, do what the lines above do."""
+    if isinstance(image_processor, DINOImageProcessor) or backbone.config.num_channels not in PILLOW_MODES:
         return (
-            f"Vision Transformer, {config.num_hidden_layers} blocks of width {config.hidden_size}, patches of {size}"
+            '`pipeline("image-feature-extraction")` turns images to RGB of 8 bits, and so does not fit this model. '
+            "Use the lines above."
         )
-    if config.backbone_config.model_type == "timm_wrapper":
-        return f"{config.backbone_config.architecture} of timm, which must be installed"
-    return type(backbone.backbone).__name__
+    alpha = ", for images without transparency, which it drops" if backbone.config.num_channels == 4 else ""
+    call = f'pipeline("image-feature-extraction", "{ADDRESS}", trust_remote_code=True)'
+    return f"`{call}` gives the same with `pool=True`{alpha}."
 
 
 def _reader(ending: str, tiff_pages: str | None) -> tuple[str, str, str]:
@@ -208,20 +209,34 @@ def check_hub_settings(hub_model_id: str | None) -> None:
 
 
 def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
-    """Uploads a finished run, without its checkpoints; returns its address.
+    """Upload a finished training, or a classifier of `dino-eval`, without its checkpoints; return its address.
 
     Raises:
-        ValueError: if the Hub cannot be reached or refuses; says how to try again. The folder stays as it is.
+        ValueError: a folder that lacks files of a finished run; a Hub that cannot be reached or refuses, which the
+            message says how to try again. The folder stays as it is.
     """
     folder = OutputFolder(output_dir)
     files = [str(path.relative_to(output_dir)) for path in _files(output_dir, _PUBLISHED)]
     files = [name for name in files if folder.may_upload(name)]
-    if not {"config.json", "README.md"} <= set(files):
-        raise ValueError(f"there is no finished run in {output_dir}: it has no config.json and README.md")
+    missing = [name for name in ("config.json", "README.md") if name not in files]
+    if missing:
+        if (output_dir / "classifier.safetensors").exists():
+            fix = "A linear classifier is published with its network, which only DINO's is saved with."
+        elif missing == ["README.md"] and is_classifier(output_dir):
+            fix = "Run the command that trained the classifier again, which writes it."
+        else:
+            fix = "Give the --output_dir of dino-train, or of dino-eval linear or finetune."
+        raise ValueError(
+            f"output_dir must hold a finished run, got {output_dir}, which has no {' and no '.join(missing)}. {fix}"
+        )
     try:
         api = HfApi()
         repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
-        folder.rewrite("README.md", lambda card: card.replace(_ADDRESS, repo_id))
+        card = output_dir / "README.md"
+        if is_classifier(output_dir):
+            write_text(card, card.read_text(encoding="utf-8").rstrip("\n").replace(ADDRESS, repo_id))
+        else:
+            folder.rewrite("README.md", lambda text: text.replace(ADDRESS, repo_id))
         return api.upload_folder(
             repo_id=repo_id, folder_path=output_dir, allow_patterns=files, commit_message="Trained by dino-hf"
         ).repo_url.url

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from evaluation.images import is_path
 from evaluation.interruption import Interrupted, interruption
 from evaluation.processes import lost_process_explained
+from modeling_dino.command_line import short_in_notebooks
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .agreement import Agreement
@@ -43,7 +44,7 @@ from .gradient import backpropagate
 from .guard import Guard, explained
 from .knn_evaluation import KNNEvaluation
 from .launcher import make_accelerator
-from .log import RunLog
+from .log import RunLog, quiet_libraries, say
 from .monitor import Monitor, draw_crops
 from .networks import load_config, make_student, make_teacher
 from .optim import (
@@ -57,6 +58,7 @@ from .publish import check_hub_settings, publish, upload, usage, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import whole_network
 from .signals import student_teacher_distance
+from .start import describe_device, describe_run, estimate_seconds, say_time
 from .state import TrainingState, prepare_state, random_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
@@ -140,6 +142,7 @@ def train_step(
     state.is_whole, state.random_of_all = True, random_of_all
 
 
+@short_in_notebooks()
 def train(args: TrainingArguments) -> Path:
     """Trains as `args` says; returns the folder with the teacher's backbone, its image processor and the metrics.
 
@@ -155,7 +158,12 @@ def train(args: TrainingArguments) -> Path:
     accelerator = make_accelerator(args.gradient_accumulation_steps)
     run_log = RunLog(accelerator.process_index, accelerator.num_processes)
     folder = OutputFolder(Path(args.output_dir))
-    with run_log.listening(), tracked(accelerator), lost_process_explained("the log says how far it got"):
+    with (
+        run_log.listening(),
+        quiet_libraries(),
+        tracked(accelerator),
+        lost_process_explained("the log says how far it got"),
+    ):
         with closing(folder), ExitStack() as at_end:
             return _train(args, accelerator, run_log, folder, at_end)
 
@@ -195,9 +203,15 @@ def _train(
         check_hub_settings(args.hub_model_id)
     hub_datasets = [name for name in (args.dataset_name, *args.mix_with) if not is_path(name)]
     config = load_config(args)
+    speaks = accelerator.is_main_process and not args.dry_run
+    if speaks:
+        say(describe_device(accelerator))
     num_accumulated = accelerator.gradient_accumulation_steps
     data_args = without_downloads(args) if args.dry_run else args
     loader = CropLoader(data_args, config.num_channels, num_accumulated)
+    if speaks:
+        for account in loader.accounts:
+            say(account)
     global_batch_size = loader.global_batch_size
     steps_per_epoch, num_steps = count_steps(args, loader.num_images, global_batch_size)
     if loader.is_map_style and accelerator.is_main_process:
@@ -241,6 +255,9 @@ def _train(
         accelerator.end_training()
         return output_dir
 
+    step_seconds = None
+    if speaks and accelerator.device.type == "cpu":
+        step_seconds = estimate_seconds(args, student, accelerator.mixed_precision != "no") * num_accumulated
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
     state = prepare_state(accelerator, args, student, teacher)
@@ -252,6 +269,11 @@ def _train(
         first_step, data_state = load_progress(accelerator, checkpoint, state)
         if first_step > num_steps:
             raise ValueError(f"{checkpoint} has done {first_step} steps already, and the training has {num_steps}")
+    if speaks:
+        for line in describe_run(args, student, schedule, loader.num_images, global_batch_size, first_step):
+            say(line)
+    if step_seconds and first_step < num_steps:
+        say_time((num_steps - first_step) * step_seconds)
     guard, agreement = Guard(accelerator, state.optimizer), Agreement(args.stream_timeout)
     batches = loader.batches(
         (num_steps - first_step) * num_accumulated, data_state, agreement, lambda: interruption.name is not None
@@ -298,8 +320,6 @@ def _train(
     monitor = Monitor(
         output_dir, num_steps, first_step, accelerator.is_main_process, loader.advice, accelerator.log, judge
     )
-    for account in loader.accounts:
-        monitor.say(account)
     images = []
     if accelerator.is_main_process:
         with run_log.tolerated("reading images for attention.png"):
@@ -396,6 +416,9 @@ def _train(
             train_step(accelerator, args, state, step_batches, done, now, guard, agreement)
             whole_step, data_state = done, loader.state_dict()
             monitor.count(global_batch_size)
+            if done == first_step + 1:
+                guard.settle()
+                monitor.show_first(done, state.signals.read(accelerator), accelerator.device.type == "cpu")
             is_last = done == num_steps
             log_now, save_now = (
                 is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
