@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.auto import CONFIG_MAPPING, AutoConfig
 
 
 _AT_LEAST_ONE = (
@@ -103,7 +103,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "dino"
-    sub_configs = {"backbone_config": PreTrainedConfig}
+    sub_configs = {"backbone_config": AutoConfig}
 
     hidden_size: int = 384
     num_hidden_layers: int = 12

@@ -4,6 +4,7 @@
 the installed version; its modules that the distribution lacks are empty.
 """
 
+import json
 import sys
 import unittest
 from importlib.abc import Loader, MetaPathFinder
@@ -188,3 +189,8 @@ class ResNetTest(ImageModelTests, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = ResNetTester()
+
+    def test_config(self):
+        network = json.loads(self.model_tester.get_config().to_json_string())["backbone_config"]
+        tester = ConfigTester(self, config_class=DINOConfig, has_text_modality=False, backbone_config=network)
+        tester.run_common_tests()
