@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from modeling_dino.command_line import CONFIGS
+
 from .commands import TWO, command, trained
 from .test_interruption import assert_same_end
 from .test_training import RECIPE, losses, recipe  # noqa: F401
@@ -81,3 +83,12 @@ def test_processes_that_would_each_train_for_themselves_are_refused(recipe, parq
     finished = started_from_python("notebook_launcher", recipe, parquet_folder, tmp_path)
     assert finished.returncode != 0 and "the launcher started 2 processes, Accelerate sees 1" in finished.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_quiet_launcher_shows_the_refusal_alone(tmp_path):
+    config = str(CONFIGS / "accelerate/one_gpu.yaml")
+    launcher = ("-m", "accelerate.commands.launch", "-q", "--config_file", config, "-m")
+    finished = command("--output_dir", tmp_path, "--lerning_rate", "1", launcher=launcher)
+    [line] = (finished.stdout + finished.stderr).splitlines()
+    assert finished.returncode == 1 and line.startswith("dino-train: error: there is no option --lerning_rate")

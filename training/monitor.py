@@ -53,8 +53,9 @@ class Bar(tqdm):
 
     def __str__(self) -> str:
         values, width = self.format_dict | {"ncols": None}, width_of(self.fp)
-        steps, left, graph = "{n_fmt}/{total_fmt}", "{remaining} left", "{percentage:3.0f}%|{bar:10}| "
-        parts = [steps, *self.values[:1], left, *self.values[1:3], graph, *self.values[3:], "{elapsed} so far"]
+        steps, graph = "{n_fmt}/{total_fmt}", "{percentage:3.0f}%|{bar:10}| "
+        left = "{remaining} left" if self.n > self.initial else "waiting for the first step"
+        parts = [steps, *self.values[:1], left, *self.values[1:3], graph, *self.values[3:]]
         shown = ""
         for number in range(1, len(parts) + 1):
             texts = [part for part in parts[:number] if part is not graph]
@@ -182,8 +183,8 @@ class Monitor:
         seconds = time.perf_counter() - self.since
         self.steady = time.perf_counter(), step
         left = f", so about {duration(seconds * (self.num_steps - step))} are left" if is_cpu else ""
-        loss = f"loss {values['loss']:.3f} ({values['loss_over_ln_k']:.2f} ln K)"
-        self.say(f"step {step} of {self.num_steps}: {loss}, took {duration(seconds)}{left}")
+        self.bar.values = [f"loss {values['loss']:.3f}", f"{values['loss_over_ln_k']:.2f} ln K"]
+        self.say(f"step {step} of {self.num_steps}: {', '.join(self.bar.values)}, took {duration(seconds)}{left}")
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """A line of training metrics after `step` steps; adds images/s and `data_wait`, since the last one.

@@ -76,10 +76,11 @@ def estimate_seconds(args: TrainingArguments, student: DINOForPreTraining, is_mi
     size = args.local_crop_size if args.num_local_crops else args.global_crop_size
     was_training = student.training
     student.eval()  # draws no random numbers, and leaves the statistics of batch norms alone
-    num_crops, seconds = 1, 0.0
+    num_crops, seconds = 0, 0.0
+    largest = args.per_device_train_batch_size * (args.num_local_crops or NUM_GLOBAL_CROPS)  # as a step has them
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-        while seconds < 0.2 and num_crops <= 4096:  # fewer would measure what every call costs
-            num_crops *= 4
+        while seconds < 0.2 and num_crops < largest:  # a short time is mostly what any call costs
+            num_crops = min(4 * num_crops + 1, largest)
             crops = torch.zeros(num_crops, student.config.num_channels, size, size)
             start = time.perf_counter()
             student.dino(crops)
