@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image as PillowImage
+from transformers import AutoImageProcessor
 
 from modeling_dino.command_line import CONFIGS
 from training import TrainingArguments
@@ -49,7 +52,7 @@ def header(name: str) -> str:
 
 
 def test_every_recipe_is_tested():
-    others = {"quickstart", "cifar10_cpu"}
+    others = {"quickstart", "cifar10_cpu", "own_images_cpu"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == RECIPES.keys() | others
 
 
@@ -101,6 +104,24 @@ def test_recipes_of_the_originals_readme_change_what_it_changes_and_nothing_else
         "optimizer": "sgd", "base_learning_rate": 0.03, "weight_decay": 1e-4, "weight_decay_end": 1e-4,
         "global_crops_scale": [0.14, 1.0], "local_crops_scale": [0.05, 0.14],
     }  # fmt: skip
+
+
+def test_recipe_for_own_images_takes_any_size_without_labels(tmp_path):
+    """A folder of gray, transparent, tiny, long and large images, in a few steps of the recipe itself."""
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        mode = ("RGB", "L", "RGBA")[i % 3]
+        width, height = rng.integers(5, 60, 2) * rng.choice([1, 5], 2)
+        pixels = rng.integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+        image = PillowImage.fromarray(pixels[..., 0] if mode == "L" else pixels, mode)
+        image.save(tmp_path / f"{i}.{'png' if i % 2 or mode == 'RGBA' else 'jpg'}")
+    short = ("--max_steps", 4, "--warmup_epochs", 1, "--report_to", "none")
+    argv = ("--config", "own_images_cpu", "--dataset_name", tmp_path, "--output_dir", tmp_path.parent / "own", *short)
+    said = trained(*argv)
+    assert "64 image files found, 64 read (train 64, no labels: all in one folder)" in said
+    assert "step 4 of 4: loss" in said and not (tmp_path.parent / "own/skipped.jsonl").exists()
+    processor = AutoImageProcessor.from_pretrained(tmp_path.parent / "own")
+    assert processor.crop_size.height == load_config(parsed("own_images_cpu")).image_size == 64
 
 
 @pytest.mark.parametrize(
