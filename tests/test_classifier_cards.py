@@ -154,18 +154,18 @@ def test_code_of_the_card_runs_by_id_without_our_package(published, trained, tmp
         torch.testing.assert_close(outputs[kind]["logits"], expected)
 
 
-def test_channels_of_the_card_are_the_networks(parquet_folder, tmp_path, monkeypatch):
-    """Gray images, which the pipeline cannot read: the code of the card is for the model alone."""
+def test_card_of_gray_classifier_runs_with_and_without_pipeline(parquet_folder, tmp_path, monkeypatch):
     torch.manual_seed(0)
     DINOModel(tiny_config(hidden_size=24, num_channels=1, image_size=16)).save_pretrained(tmp_path / "gray")
     make_image_processor(16, 1, [0.5], [0.25]).save_pretrained(tmp_path / "gray")
     train("linear", tmp_path / "gray", parquet_folder, tmp_path / "o", "--n_last_blocks", 1)
-    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "o/README.md").read_text(), re.DOTALL)
+    codes = re.findall(r"```python\n(.*?)```", (tmp_path / "o/README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Image.new("L", (20, 30), 99).save("image.jpg")
-    names = {}
-    exec(code.replace(ADDRESS, "o").replace("print(", "names['found'] = ("), {"names": names})
-    assert names["found"] in ("a", "b")
+    by_pipeline, by_model = [], []
+    for code, found in zip(codes, (by_pipeline, by_model), strict=True):
+        exec(code.replace(ADDRESS, "o").replace("print(", "found.append("), {"found": found})
+    assert by_pipeline[0][0]["label"] == by_model[0]
 
 
 def test_incomplete_classifier_says_what_it_lacks(trained, models, parquet_folder, tmp_path, monkeypatch):
