@@ -32,7 +32,7 @@ from .models import revision_of
 from .outputs import check_outputs, is_from, mark, replacing, write_figure, write_text
 from .processes import of_all_processes
 from .protocols import MEASUREMENTS, add_protocols, measure_model
-from .report import Report, format_value, short_name
+from .report import Report, format_table, format_value, in_words, short_name
 
 
 # see other crops of an image in every epoch, so that kept features are not for them
@@ -206,7 +206,7 @@ def to_markdown(rows: list[Row], models: list[str]) -> str:
     lines = [_HEAD + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
     for row in rows:
         cells = [format_value(row.reports[model], row.value) if model in row.reports else "" for model in models]
-        lines.append(f"| {row.entry.name} | {row.value} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.entry.name} | {in_words(row.value)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -253,7 +253,7 @@ def draw(rows: list[Row], models: list[str], path: Path) -> None:
             axis.barh(place, value, color=colors[place % 10], height=0.7)
             axis.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", linewidth=1, capsize=2)
             axis.text(high + 1.5, place, f"{value:.1f}", fontsize=7, va="center")
-        axis.set_title(f"{row.entry.name}\n{row.value}", fontsize=8)
+        axis.set_title(f"{row.entry.name}\n{in_words(row.value)}", fontsize=8)
         axis.set_xlim(0, 115)
         axis.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
         axis.set_yticks(range(len(models)), [short_name(model) for model in models], fontsize=8)
@@ -301,7 +301,10 @@ def measure(args: Namespace) -> None:
         write_text(folder / "table.md", table)
         write_csv(rows, folder / "table.csv")
         draw(rows, args.model, folder / "table.png")
-        print(f"\n{table}\nwrote {folder}/table.md, table.csv, table.png and reports/")
+        for number, entry in enumerate(at_hand):
+            if found := [reports[model, number] for model in args.model if (model, number) in reports]:
+                print(f"\n{entry.name}\n{format_table(found, entry.show)}")
+        print(f"\nwrote {folder}/table.md, table.csv, table.png and reports/")
     reasons = [f"{at_hand[number].name}: {model}: {reason}" for (model, number), reason in failures.items()]
     if reasons:
         of = len(at_hand) * len(args.model)

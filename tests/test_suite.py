@@ -43,6 +43,8 @@ def flags(ours, config, parquet_folder, tmp_path):  # noqa: F811
 def test_table_has_the_commands_values(flags, ours, parquet_folder, tmp_path, capsys):  # noqa: F811
     evaluate_from_command_line(flags(KNN, MASKS))
     printed = capsys.readouterr().out
+    assert "\nknn, images\nin percent" in printed and "\nk-NN, k = 5, top-1" in printed and "k = 1," not in printed
+    assert max(map(len, printed.splitlines()[-8:-1])) <= 80
     assert "left out: there is no elsewhere here; say where it lies by --data elsewhere=PLACE" in printed
     argv = ["knn", "--model", str(ours), f"raw_pixels:{ours}", "--dataset_name", str(parquet_folder), "--k", "1", "5"]
     evaluate_from_command_line([*argv, "--output", str(tmp_path / "knn.json")])
@@ -110,8 +112,9 @@ def test_value_that_one_model_lacks_leaves_its_cell_empty(flags, ours, tmp_path)
     few = {"protocol": "few_shot", "dataset_name": "images", "shots": [1], "percent": [], "num_draws": 2}
     evaluate_from_command_line(flags(KNN, few, KNN | {"k": [7], "show": ["knn_7_top1"]}))
     table = (tmp_path / "suite/table.md").read_text()
-    assert "| few_shot, images | logistic_1_shot |" in table
-    assert "| knn, images, k [1, 5] | knn_5_top1 |" in table and "| knn, images, k [7] | knn_7_top1 |" in table
+    assert "| few_shot, images | logistic, 1 label a class |" in table
+    assert "| knn, images, k [1, 5] | k-NN, k = 5, top-1 |" in table
+    assert "| knn, images, k [7] | k-NN, k = 7, top-1 |" in table
 
 
 @pytest.mark.parametrize(
