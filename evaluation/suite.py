@@ -1,4 +1,4 @@
-"""Several protocols on several models, of whatever data is at hand: one table, as Markdown, CSV and PNG.
+"""Several protocols on several models, of whatever data is at hand: one table, as Markdown, CSV and picture.
 
 A config names the data and what to measure on it:
 
@@ -29,7 +29,7 @@ from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest, on
 from .arguments import READING
 from .images import is_path
 from .models import revision_of
-from .outputs import check_outputs, is_from, mark, replacing, write_figure, write_text
+from .outputs import FIGURE_SUFFIXES, check_outputs, is_from, mark, replacing, write_figure, write_text
 from .processes import of_all_processes
 from .protocols import MEASUREMENTS, add_protocols, measure_model
 from .report import Report, format_table, format_value, in_words, short_name
@@ -211,7 +211,7 @@ def to_markdown(rows: list[Row], models: list[str]) -> str:
 
 
 def _is_table(path: Path) -> bool:
-    if path.suffix == ".png":
+    if path.suffix in FIGURE_SUFFIXES:
         return is_from(path, "suite")
     return path.is_file() and path.read_bytes().startswith((_HEAD.encode(), ",".join(_COLUMNS).encode()))
 
@@ -281,7 +281,8 @@ def measure(args: Namespace) -> None:
     path = find_config(args.config, CONFIGS / "eval", ".yaml")
     entries = read_config(path, dict(given.split("=", 1) for given in args.data))
     is_main, folder = PartialState().is_main_process, Path(args.output_dir)
-    files = [folder / name for name in ("table.md", "table.csv", "table.png")]
+    pictures = [folder / f"table{suffix}" for suffix in FIGURE_SUFFIXES]
+    files = [folder / "table.md", folder / "table.csv", *pictures]
     inputs = Namespace(**vars(args) | {"places": [entry.place for entry in entries]})
     check_outputs(inputs, files, is_ours=_is_table)
     # one process asks the Hub, lest the others hear something else
@@ -300,11 +301,12 @@ def measure(args: Namespace) -> None:
         table = to_markdown(rows, args.model)
         write_text(folder / "table.md", table)
         write_csv(rows, folder / "table.csv")
-        draw(rows, args.model, folder / "table.png")
+        for path in pictures:
+            draw(rows, args.model, path)
         for number, entry in enumerate(at_hand):
             if found := [reports[model, number] for model in args.model if (model, number) in reports]:
                 print(f"\n{entry.name}\n{format_table(found, entry.show)}")
-        print(f"\nwrote {folder}/table.md, table.csv, table.png and reports/")
+        print(f"\nwrote {folder}/{', '.join(file.name for file in files)} and reports/")
     reasons = [f"{at_hand[number].name}: {model}: {reason}" for (model, number), reason in failures.items()]
     if reasons:
         of = len(at_hand) * len(args.model)

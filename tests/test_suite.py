@@ -10,6 +10,7 @@ from PIL import Image
 
 from evaluation import suite
 from evaluation.__main__ import evaluate_from_command_line
+from evaluation.outputs import is_from
 
 from .test_bad_input import answer
 from .test_features import ours  # noqa: F401
@@ -61,6 +62,7 @@ def test_table_has_the_commands_values(flags, ours, parquet_folder, tmp_path, ca
     assert expected[0]["model"]["revision"] == lines[0]["revision"] != lines[1]["revision"]
     with Image.open(tmp_path / "suite/table.png") as picture:
         assert picture.width > picture.height
+    assert all(is_from(tmp_path / f"suite/table{suffix}", "suite") for suffix in (".png", ".pdf", ".svg"))
 
 
 def test_suite_goes_on_after_the_last_report(flags, monkeypatch):
