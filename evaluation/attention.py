@@ -34,8 +34,15 @@ from .models import (
     to_pixel_values,
     to_values,
 )
-from .outputs import check_outputs, mark, replacing, write_arrays
-from .pictures import add_display_channels, find_images, to_picture
+from .outputs import FIGURE_SUFFIXES, check_outputs, mark, replacing, write_arrays
+from .pictures import (
+    add_display_channels,
+    add_num_images,
+    choose_images,
+    find_images,
+    image_label,
+    to_picture,
+)
 
 
 SHORT_SIDE = 480  # pixels, of files and frames; the original's
@@ -212,11 +219,12 @@ def attention_frames(
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--model", nargs=1, required=True, help="Hub id or folder of a Vision Transformer")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="image files, or folders of them")
+    parser.add_argument(
+        "--image", nargs="+", metavar="FILE", help="image files, or folders of which --num_images are drawn"
+    )
     parser.add_argument("--video", metavar="FILE", help="video, for a video of the mean attention of each frame")
     add_images(parser)
-    parser.add_argument("--num_images", type=int, default=8, help="of a data set (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which of a data set (default: %(default)s)")
+    add_num_images(parser, 8)
     parser.add_argument(
         "--image_size",
         type=int,
@@ -226,8 +234,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--mass", type=float, default=0.6, help="share of attention in masks (default: %(default)s)")
     parser.add_argument(
         "--output",
-        help="a .png for one sheet of all images, a folder for figures of each image, or, of --video, a video: "
-        f"{', '.join(VIDEO_SUFFIXES)} (default: attention.png, attention.mp4)",
+        help="a .png, .pdf or .svg for one sheet of all images, a folder for figures of each image, or, of --video, a "
+        f"video: {', '.join(VIDEO_SUFFIXES)} (default: attention.png, attention.mp4)",
     )
     parser.add_argument(
         "--save_arrays",
@@ -263,9 +271,9 @@ def measure(args: Namespace) -> None:
 def _check_output(output: Path, is_video: bool) -> None:
     if is_video and output.suffix.lower() not in VIDEO_SUFFIXES:
         raise ValueError(f"the output of --video ends in {', '.join(VIDEO_SUFFIXES)}, got {output}")
-    if not is_video and output.suffix.lower() not in (".png", "") and not output.is_dir():
+    if not is_video and output.suffix.lower() not in (*FIGURE_SUFFIXES, "") and not output.is_dir():
         hint = "; a video needs --video" if output.suffix.lower() in VIDEO_SUFFIXES else ""
-        raise ValueError(f"the output is a .png or a folder, got {output}{hint}")
+        raise ValueError(f"the output is a .png, .pdf or .svg, or a folder, got {output}{hint}")
 
 
 def _short_side(model: PreTrainedModel, image_size: int | None) -> int:
@@ -299,13 +307,16 @@ def _draw_video(args: Namespace, path: Path, output: Path) -> None:
 
 def _draw_images(args: Namespace, output: Path) -> None:
     if args.image:
-        images = [row["image"] for row in find_images(args.image)]
+        rows, source = find_images(args.image, args.num_images, args.seed), ""
+        labels = [image_label(row) for row in rows]
     else:
         split = find_eval_split(args)
-        dataset = images_of(args, split, with_labels=False)
-        rows = dataset.shuffle(seed=args.seed).select(range(min(args.num_images, len(dataset))))
-        images = rows["image"]
-    is_sheet = output.suffix.lower() == ".png"
+        dataset, source = images_of(args, split, with_labels=False), f"{args.dataset_name}, {split}"
+        chosen = choose_images(len(dataset), args.num_images, args.seed).tolist()
+        rows = dataset.select(chosen)
+        labels = [image_label(row, number) for row, number in zip(rows, chosen)]
+    images = [row["image"] for row in rows]
+    is_sheet = output.suffix.lower() in FIGURE_SUFFIXES
     if is_sheet and len(images) > MAX_ROWS:
         raise ValueError(f"a sheet has at most {MAX_ROWS} rows, got {len(images)} images; give a folder as the output")
     names = _names(images)
@@ -331,14 +342,14 @@ def _draw_images(args: Namespace, output: Path) -> None:
         if is_sheet:
             sheet.append((picture, attention))
         else:
-            draw_figures(picture, attention, masks, output, name)
+            draw_figures(picture, attention, masks, output, name, args.model)
         found = {"image": picture, "attention": attention, "masks": masks}
         if args.save_arrays and is_sheet:
             arrays |= {f"{name}_{what}": values for what, values in found.items()}
         elif args.save_arrays:
             write_arrays(found, output / f"{name}.npz", mark(args.protocol))
     if is_sheet:
-        draw_attention(*zip(*sheet), output)
+        draw_attention(*zip(*sheet), output, names=labels, model=args.model, data=source)
     if arrays:
         write_arrays(arrays, beside, mark(args.protocol))
     print(f"wrote {output}" if is_sheet else f"wrote the figures of {len(names)} images to {output}")

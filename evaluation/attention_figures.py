@@ -15,6 +15,7 @@ from PIL import Image as PillowImage
 from scipy.ndimage import binary_erosion
 
 from .outputs import mark, write_figure, write_picture
+from .pictures import add_caption, short_label, start_figure
 
 
 OPACITY = 0.6  # of colour that is laid over an image
@@ -93,24 +94,37 @@ def colored_heads(picture: np.ndarray, attention: torch.Tensor, masks: torch.Ten
 
 
 def draw_attention(
-    images: Sequence[np.ndarray], attention: Sequence[torch.Tensor], path: Path, origin: str = mark("attention")
+    images: Sequence[np.ndarray],
+    attention: Sequence[torch.Tensor],
+    path: Path,
+    origin: str = mark("attention"),
+    names: Sequence[str] = (),
+    model: str = "",
+    data: str = "",
 ) -> Path:
-    """Draws a row for every image: the image, the mean of its attention maps, and each head's map.
+    """Draw a row for every image: the image, the mean of its attention maps, and each head's map.
 
     Args:
         images: What the model saw, each (height, width, 3) in uint8.
         attention: For each image (heads, rows, columns) of `cls_attention`.
-        path: PNG to write.
+        path: PNG, PDF or SVG to write.
         origin: See `mark`.
+        names: Written beside the images.
+        model, data: See `add_caption`.
     """
     panels = [
         panel for image, maps in zip(images, attention) for panel in [image, *_maps_in_color(image, maps)]
     ]  # fmt: skip
-    return _draw_panels(panels, _titles(attention[0]), path, origin, columns=2 + len(attention[0]), width=1.3, dpi=150)
+    return _draw_panels(
+        panels, _titles(attention[0]), path, origin, model, data, names, columns=2 + len(attention[0]), width=1.3,
+        dpi=150,
+    )  # fmt: skip
 
 
-def draw_figures(picture: np.ndarray, attention: torch.Tensor, masks: torch.Tensor, folder: Path, name: str) -> None:
-    """Writes the figures of one image. A small one is shown enlarged.
+def draw_figures(
+    picture: np.ndarray, attention: torch.Tensor, masks: torch.Tensor, folder: Path, name: str, model: str
+) -> None:
+    """Write the figures of one image, which name the model. A small one is shown enlarged.
 
     NAME_heads.png: the image, the mean map and each head's.
     NAME_mean.png: the mean map over the image, pixel by pixel.
@@ -122,12 +136,12 @@ def draw_figures(picture: np.ndarray, attention: torch.Tensor, masks: torch.Tens
     picture = picture.repeat(times, axis=0).repeat(times, axis=1)
     paths = {kind: folder / f"{name}_{kind}.png" for kind in FIGURES}
     titles = _titles(attention)
-    _draw_panels([picture, *_maps_in_color(picture, attention)], titles, paths["heads"], origin)
+    _draw_panels([picture, *_maps_in_color(picture, attention)], titles, paths["heads"], origin, model, name)
     mean = enlarge(color_map(attention.mean(0).numpy()), picture.shape[:2])
     write_picture(PillowImage.fromarray(blend(picture, mean)), paths["mean"], origin)
     colors = head_colors(len(attention))
     overlays = [mask_overlay(picture, mask.numpy(), color) for mask, color in zip(masks, colors)]
-    _draw_panels(overlays, titles[2:], paths["mask"], origin)
+    _draw_panels(overlays, titles[2:], paths["mask"], origin, model, name)
     write_picture(PillowImage.fromarray(colored_heads(picture, attention, masks)), paths["colors"], origin)
 
 
@@ -145,34 +159,39 @@ def _draw_panels(
     titles: Sequence[str],
     path: Path,
     origin: str,
+    model: str = "",
+    data: str = "",
+    names: Sequence[str] = (),
     columns: int | None = None,
     width: float = 2,
     dpi: int = 200,
 ) -> Path:
-    """Draws pictures row by row, under titles, which are those of the first row alone where there are no more.
+    """Draw pictures row by row, under titles, which are those of the first row alone where there are no more.
 
     Args:
+        model, data: See `add_caption`.
+        names: Of the rows, written beside them.
         columns: Pictures a row. Default: at most 5, in rows as even as they can be.
         width: Of a picture, in inches.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    bbox = None if columns else "tight"
     columns = columns or math.ceil(len(panels) / math.ceil(len(panels) / 5))
     heights = [panel.shape[0] / panel.shape[1] * width for panel in panels[::columns]]
     title_height = 0.25 * math.ceil(len(titles) / columns)
-    figure, axes = plt.subplots(
-        len(heights), columns, figsize=(columns * width, sum(heights) + title_height), squeeze=False,
-        layout="constrained", height_ratios=heights,
-    )  # fmt: skip
+    label_width = 0.15 if names else 0
+    size = (columns * width + label_width, sum(heights) + title_height)
+    figure = start_figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, panels):
         axis.imshow(panel, interpolation="nearest" if max(panel.shape) < width * dpi else None)
     for axis, title in zip(axes.flat, titles):
         axis.set_title(title, fontsize=9)
-    write_figure(figure, path, origin, dpi=dpi, bbox_inches=bbox, pad_inches=0.02)
+    for axis, name, height in zip(axes[:, 0], names, heights):
+        label = short_label(name, max(8, int(17 * height)))  # at 6 points, 0.05 inches a letter
+        axis.text(-0.03, 0.5, label, fontsize=6, rotation=90, ha="right", va="center", transform=axis.transAxes,
+                  parse_math=False)  # fmt: skip
+    if model:
+        add_caption(figure, model, data)
+    write_figure(figure, path, origin, dpi=dpi, bbox_inches="tight", pad_inches=0.02)
     return path

@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from modeling_dino.command_line import Parser, printable
+from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
 from .decoding import Reading, decode_image
@@ -36,8 +36,8 @@ from .features import (
     splits_of,
 )
 from .models import reading_of, to_values
-from .outputs import check_outputs, is_from, is_table, mark, write_figure, write_table
-from .pictures import add_display_channels, start_figure, to_picture
+from .outputs import FIGURE_SUFFIXES, check_outputs, is_from, is_table, mark, write_figure, write_table
+from .pictures import add_caption, add_display_channels, short_label, start_figure, to_picture
 from .processes import of_all_processes
 
 
@@ -261,8 +261,7 @@ def draw_pairs(
 def _short(name: str, split: str) -> str:
     """The end of a file's name, with the folder that it lies in unless that is the split's."""
     folder, _, name = "/".join(name.split("/")[-2:]).rpartition("/")
-    name = printable(f"{folder}/{name}" if folder not in ("", split) else name)
-    return name if len(name) <= 24 else "…" + name[-23:]
+    return short_label(f"{folder}/{name}" if folder not in ("", split) else name)
 
 
 def _open_images(args: Namespace, part: Features) -> Dataset:
@@ -333,8 +332,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--output",
         default="duplicates.csv",
-        help="CSV to write; the picture is the .png beside it. Default: %(default)s",
+        help="CSV to write. Default: %(default)s",
     )
+    parser.add_argument("--picture", help="picture to write: .png, .pdf or .svg. Default: the .png beside the CSV")
 
 
 def _check(args: Namespace) -> list[Path]:
@@ -356,7 +356,10 @@ def _check(args: Namespace) -> list[Path]:
     path = Path(args.output)
     if path.suffix != ".csv":
         raise ValueError(f"output must end in .csv, got {args.output}. Choose another name.")
-    files = [path, path.with_suffix(".png")] if args.num_pairs else [path]
+    picture = Path(args.picture or path.with_suffix(".png"))
+    if picture.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"picture must end in .png, .pdf or .svg, got {args.picture}. Choose another name.")
+    files = [path, picture] if args.num_pairs else [path]
     check_outputs(args, files, lambda file: is_table(file, COLUMNS) or is_from(file, args.protocol))
     return files
 
@@ -397,6 +400,7 @@ def measure(args: Namespace) -> None:
                 f"{part.model['name']}, or another revision, in {split}. Compute one of them again."
             )
     datasets = [_open_images(args, part) for part in parts] if args.num_pairs else []
+    model, source = parts[0].model["name"], f"{parts[0].data['name']}, {' and '.join(split_order)}"
     splits = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     rows = np.concatenate([part.rows for part in parts])
     names = [name for part in parts for name in _names(part)]
@@ -433,9 +437,8 @@ def measure(args: Namespace) -> None:
         )
         if not len(found.pairs):
             figure.text(0.5, 0.5, f"no near-duplicates at {args.threshold:g}", ha="center", va="center")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # of names in scripts that the font lacks
-            write_figure(figure, path, mark(args.protocol), dpi=200, bbox_inches="tight", pad_inches=0.05)
+        add_caption(figure, model, source)
+        write_figure(figure, path, mark(args.protocol), dpi=200, bbox_inches="tight", pad_inches=0.05)
     largest = int(np.bincount(groups).max()) if len(groups) else 0
     if largest > max(10, len(hashes) / 2):
         warnings.warn(

@@ -14,7 +14,7 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
 from .features import features_of, find_eval_split, has_labels
-from .pictures import add_files, check_files, start_figure, write_files
+from .pictures import add_caption, add_files, check_files, choose_images, start_figure, write_files
 
 
 MAX_IN_LEGEND = 20  # classes that colours can tell apart
@@ -70,7 +70,7 @@ def draw_embedding(
     from matplotlib import colormaps  # chooses no backend
 
     figure = start_figure(figsize=(4.5, 4), layout="constrained")
-    axis = figure.add_subplot(xticks=[], yticks=[], aspect="equal")
+    axis = figure.add_subplot(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     style = {"s": float(np.clip(6000 / len(coordinates), 2, 24)), "linewidths": 0, "alpha": 0.8}
     x, y = coordinates.T
     if labels is None:
@@ -120,12 +120,13 @@ def measure(args: Namespace) -> None:
     features = features_of(args, find_eval_split(args))
     if not PartialState().is_main_process:
         return
-    sample = np.sort(np.random.default_rng(args.seed).permutation(len(features))[: args.max_images])
+    sample = np.sort(choose_images(len(features), args.max_images, args.seed, "max_images"))
     coordinates = embed_in_plane(
         features.features[sample], args.method, args.perplexity, args.num_neighbors, args.seed
     )
     labels = features.labels[sample]
     is_labeled = has_labels(features)
     figure = draw_embedding(coordinates, labels if is_labeled else None, features.class_names)
+    add_caption(figure, features.model["name"], f"{features.data['name']}, {features.data['split']}")
     arrays = {"images": features.rows[sample], "coordinates": coordinates} | ({"labels": labels} if is_labeled else {})
     write_files(args, figure, arrays)

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +25,18 @@ from .features import (
 )
 from .labels import match_names
 from .models import reading_of, to_values
-from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
+from .pictures import (
+    add_caption,
+    add_picture,
+    check_files,
+    choose_images,
+    find_images,
+    image_label,
+    short_label,
+    start_figure,
+    to_picture,
+    write_files,
+)
 
 
 COLORS = {True: "tab:green", False: "tab:red"}  # of the frame: of the query's class, or not
@@ -73,21 +83,21 @@ def draw_neighbours(
         queries: (height, width, 3) each.
         neighbours: k images for each query.
         similarities: (queries, k), written under the neighbours.
-        query_names: Written under the queries.
+        query_names: Written under the queries; may have several lines.
         names: Of each neighbour, written under it too.
         same_class: Booleans (queries, k); a neighbour's frame is green where it is true, and red elsewhere.
     """
     num_rows, k = similarities.shape
-    figure = start_figure(figsize=(1.1 * (k + 1), 1.3 * num_rows + 0.2), layout="constrained")
+    figure = start_figure(figsize=(1.1 * (k + 1), 1.5 * num_rows + 0.2), layout="constrained")
     axes = figure.subplots(num_rows, k + 1, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for row, query in enumerate(queries):
         axes[row, 0].imshow(query)
-        axes[row, 0].set_xlabel(_short(query_names[row]), fontsize=6, labelpad=2)
+        axes[row, 0].set_xlabel(query_names[row], fontsize=6, labelpad=2, parse_math=False)
         for column, (axis, neighbour) in enumerate(zip(axes[row, 1:], neighbours[row])):
             axis.imshow(neighbour)
-            name = "" if names is None else f"{_short(names[row][column])}\n"
-            axis.set_xlabel(f"{name}{similarities[row, column]:.3f}", fontsize=6, labelpad=2)
+            name = "" if names is None else f"{names[row][column]}\n"
+            axis.set_xlabel(f"{name}{similarities[row, column]:.3f}", fontsize=6, labelpad=2, parse_math=False)
             if same_class is not None:
                 axis.spines[:].set(color=COLORS[bool(same_class[row, column])], linewidth=2)
     for axis in axes.flat:
@@ -99,16 +109,14 @@ def draw_neighbours(
     return figure
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
-
-
 def _name(features: Features, index: int) -> str:
-    """The class of an image, or nothing."""
+    """The file of an image, or its number in the dataset, and under it its class, if it has one."""
+    file = features.names[index].rpartition("/")[2]
+    lines = [f"number {file}" if file.isdigit() else short_label(file, 18)]
     label = features.labels[index]
-    if label is None or isinstance(label, (list, np.ndarray)):
-        return ""
-    return features.class_names[label] if features.class_names else str(label)
+    if label is not None and not isinstance(label, (list, np.ndarray)):
+        lines.append(short_label(features.class_names[label] if features.class_names else str(label), 18))
+    return "\n".join(lines)
 
 
 def _find_pictures(args: Namespace, features: Features, split: str, indices: np.ndarray) -> dict[int, np.ndarray]:
@@ -152,7 +160,7 @@ def measure(args: Namespace) -> None:
         raise ValueError(
             "give --model and --dataset_name, or --features, a folder that `dino-eval features` has filled"
         )
-    rows = find_images(args.image) if args.image else None
+    rows = find_images(args.image, args.num_images, args.seed) if args.image else None
     train = features_of(args, args.train_split)
     own = None
     if rows is not None:
@@ -165,7 +173,7 @@ def measure(args: Namespace) -> None:
     else:
         split = find_eval_split(args)
         queries = train if split == args.train_split else features_of(args, split)
-        shown = np.sort(np.random.default_rng(args.seed).permutation(len(queries))[: args.num_images])
+        shown = np.sort(choose_images(len(queries), args.num_images, args.seed))
         own = shown if queries is train else None
     indices, similarities = nearest_images(queries.features[shown], train.features, args.k, own)
     if not PartialState().is_main_process:
@@ -177,19 +185,20 @@ def measure(args: Namespace) -> None:
             to_picture(to_values(image_processor, decode_image(row["image"], reading)), args.display_channels)
             for row in rows
         ]
-        query_names = [Path(row["image"]["path"]).stem for row in rows]
+        query_names = [short_label(image_label(row), 18) for row in rows]
     else:
         by_index = _find_pictures(args, queries, split, shown)
         query_pictures = [by_index[index] for index in shown]
         query_names = [_name(queries, index) for index in shown]
-    names = [[_name(train, index) for index in row] for row in indices] if has_labels(train) else None
+    names = [[_name(train, index) for index in row] for row in indices]
     same_class = None
-    if names and has_labels(queries):
+    if has_labels(train) and has_labels(queries):
         labels = match_names(queries.labels[shown], queries.class_names, train.class_names)
         same_class = labels[:, None] == train.labels[indices]
     figure = draw_neighbours(
         query_pictures, [[pictures[index] for index in row] for row in indices], similarities, query_names, names,
         same_class,
     )  # fmt: skip
+    add_caption(figure, train.model["name"], f"{train.data['name']}, {train.data['split']}")
     rows = queries.rows[shown], train.rows[indices]
     write_files(args, figure, {"queries": rows[0], "indices": rows[1], "similarities": similarities})

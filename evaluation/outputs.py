@@ -1,8 +1,8 @@
 """Files that a command writes: which ones it may replace, and how they are written whole.
 
 A command replaces its own files alone. It recognizes them by what they say of themselves: reports by their entries'
-`protocol`, PNGs by the text chunk `Software`, videos by the tag `comment`, .npz files by the archive's comment, CSVs
-by their columns, and features by their manifest.
+`protocol`, PNGs by the text chunk `Software`, PDFs and SVGs by their creator, videos by the tag `comment`, .npz files
+by the archive's comment, CSVs by their columns, and features by their manifest.
 """
 
 import csv
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from .attention_video import VIDEO_SUFFIXES, import_av
 
 
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 _INPUTS = ("dataset_name", "image", "video", "distractors", "whitening", "places")
 
 
@@ -41,6 +43,11 @@ def is_from(path: Path, command: str) -> bool:
         if start.startswith(b"\x89PNG"):
             with PillowImage.open(path) as picture:
                 return picture.info.get("Software") == mark(command)
+        if path.suffix.lower() in (".pdf", ".svg"):
+            name = mark(command)
+            creators = {f"/Creator ({name})", f"<dc:title>{name}</dc:title>"}
+            text = path.read_bytes().decode("latin-1")
+            return any(creator in text for creator in creators)
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 return archive.comment.decode() == mark(command)
@@ -157,18 +164,26 @@ def _write_rows(file: TextIO, columns: Sequence[str], rows: Iterable[Sequence]) 
 
 
 def write_figure(figure, path: Path, origin: str, **options) -> None:
-    """Write a figure of matplotlib as a PNG that names its origin, and close it.
+    """Write a figure of matplotlib as a PNG, PDF or SVG that names its origin, and close it.
+
+    The same figure gives the same bytes: no time is written.
 
     Args:
         figure: The figure.
-        path: The PNG.
+        path: The file, whose name says the kind.
         origin: See `mark`.
         **options: Arguments of `savefig`.
     """
     from matplotlib import pyplot as plt
 
-    with replacing(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": origin}, **options)
+    metadata = {
+        ".png": {"Software": origin},
+        ".pdf": {"Creator": origin, "CreationDate": None},
+        ".svg": {"Creator": origin, "Date": None},
+    }
+    with replacing(path) as temporary, plt.rc_context({"svg.hashsalt": origin}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of names in scripts that the font lacks
+        figure.savefig(temporary, metadata=metadata[path.suffix.lower()], **options)
     plt.close(figure)
 
 

@@ -33,13 +33,24 @@ from .models import (
     to_values,
     tokens,
 )
-from .pictures import add_picture, check_files, find_images, start_figure, to_picture, write_files
+from .pictures import (
+    add_caption,
+    add_picture,
+    check_files,
+    choose_images,
+    find_images,
+    image_label,
+    short_label,
+    start_figure,
+    to_picture,
+    write_files,
+)
 
 
 IMAGE_SIZE = 480  # of `visualize_attention.py` of the original
 PERCENTILES = (2, 98)  # that become 0 and 1, so that a few outliers leave the others their contrast
 NUM_COLUMNS = 8
-HEIGHT, GAP = 1.2, 0.05  # of the picture's images, and between them, in inches
+HEIGHT, GAP, LABEL_GAP = 1.2, 0.05, 0.3  # of the picture's images, between them, and with a name, in inches
 
 
 def principal_components(
@@ -106,12 +117,19 @@ def resize_and_crop(pixels: np.ndarray, size: int, patch_size: int) -> np.ndarra
     return crop_to_patches(torch.from_numpy(np.stack(resized)), patch_size).numpy()
 
 
-def draw_colors(images: Sequence[np.ndarray], colors: Sequence[np.ndarray]):
-    """A figure of images (height, width, 3), all of the same height, each over its colours (rows, columns, 3)."""
+def draw_colors(images: Sequence[np.ndarray], colors: Sequence[np.ndarray], names: Sequence[str] = ()):
+    """Return a figure of images (height, width, 3), all of the same height, each over its colors (rows, columns, 3).
+
+    Args:
+        images: The images.
+        colors: Their colors.
+        names: Written under the colors.
+    """
+    gap = LABEL_GAP if names else 3 * GAP
     widths = [HEIGHT * image.shape[1] / image.shape[0] for image in images]
     rows = [range(start, min(start + NUM_COLUMNS, len(images))) for start in range(0, len(images), NUM_COLUMNS)]
     width = max(sum(widths[number] + GAP for number in row) - GAP for row in rows)
-    height = len(rows) * (2 * HEIGHT + 3 * GAP) - 2 * GAP
+    height = len(rows) * (2 * HEIGHT + GAP + gap) - (0 if names else gap)
     figure = start_figure(figsize=(width, height))
     top = height
     for row in rows:
@@ -121,8 +139,12 @@ def draw_colors(images: Sequence[np.ndarray], colors: Sequence[np.ndarray]):
                 place = (left / width, bottom / height, widths[number] / width, HEIGHT / height)
                 axis = figure.add_axes(place, frameon=False, xticks=[], yticks=[])
                 axis.imshow(drawn, aspect="auto", interpolation="nearest" if drawn is colors[number] else None)
+            if names:
+                name = short_label(names[number], max(4, int(18 * widths[number])))
+                place = ((left + widths[number] / 2) / width, (top - 2 * HEIGHT - 1.5 * GAP) / height)
+                figure.text(*place, name, fontsize=6, ha="center", va="top", parse_math=False)
             left += widths[number] + GAP
-        top -= 2 * HEIGHT + 3 * GAP
+        top -= 2 * HEIGHT + GAP + gap
     return figure
 
 
@@ -146,10 +168,14 @@ def measure(args: Namespace) -> None:
     if not PartialState().is_main_process:
         return
     if args.image:
-        rows = find_images(args.image)
+        rows, source = find_images(args.image, args.num_images, args.seed), ""
+        names = [image_label(row) for row in rows]
     else:
-        dataset = images_of(args, find_eval_split(args), with_labels=False)
-        rows = dataset.shuffle(seed=args.seed).take(args.num_images)
+        split = find_eval_split(args)
+        dataset, source = images_of(args, split, with_labels=False), f"{args.dataset_name}, {split}"
+        chosen = choose_images(len(dataset), args.num_images, args.seed).tolist()
+        rows = dataset.select(chosen)
+        names = [image_label(row, number) for row, number in zip(rows, chosen)]
     model, image_processor = load_model(args.model, value_range=args.value_range and tuple(args.value_range))
     if isinstance(model, RawPixels):
         raise ValueError("raw pixels have no patches; give a model")
@@ -166,4 +192,6 @@ def measure(args: Namespace) -> None:
     components, colors = principal_components(maps, args.foreground)
     arrays = {f"components_{number}": values for number, values in enumerate(components)}
     arrays |= {f"colors_{number}": values for number, values in enumerate(colors)}
-    write_files(args, draw_colors(images, colors), arrays)
+    figure = draw_colors(images, colors, names)
+    add_caption(figure, args.model, source)
+    write_files(args, figure, arrays)

@@ -5,28 +5,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 
-from modeling_dino.command_line import Parser
+from modeling_dino.command_line import Parser, printable
 
 from .descriptors import image_rows
 from .folders import list_folder
-from .outputs import check_outputs, mark, write_arrays, write_figure
+from .outputs import FIGURE_SUFFIXES, check_outputs, mark, write_arrays, write_figure
 
 
 def add_picture(parser: Parser, output: str, num_images: int, meaning: str) -> None:
     """`--image`, `--num_images`, `--seed`, `--output` and `--save_arrays`."""
     parser.add_argument(
-        "--image", nargs="+", metavar="PATH", help=f"{meaning}: image files, or folders of which all are taken"
+        "--image",
+        nargs="+",
+        metavar="PATH",
+        help=f"{meaning}: image files, or folders, of which --num_images are drawn",
     )
+    add_num_images(parser, num_images)
+    add_display_channels(parser)
+    add_files(parser, output)
+
+
+def add_num_images(parser: Parser, num_images: int) -> None:
+    """`--num_images` and `--seed`."""
     parser.add_argument(
         "--num_images",
         type=int,
         default=num_images,
-        help="without --image, how many of the data set to show (default: %(default)s)",
+        help="images to draw of a data set, or of the folders of --image. Default: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
-    add_display_channels(parser)
-    add_files(parser, output)
 
 
 def add_display_channels(parser: Parser) -> None:
@@ -39,7 +48,7 @@ def add_display_channels(parser: Parser) -> None:
 
 
 def add_files(parser: Parser, output: str) -> None:
-    parser.add_argument("--output", default=output, help="PNG to write (default: %(default)s)")
+    parser.add_argument("--output", default=output, help="picture to write: .png, .pdf or .svg. Default: %(default)s")
     parser.add_argument(
         "--save_arrays", action="store_true", help="also write the numbers behind it, to an .npz beside"
     )
@@ -49,28 +58,74 @@ def check_files(args: Namespace) -> None:
     """Check --output and the .npz beside it, before any work.
 
     Raises:
-        ValueError: an output that is not a .png; see also `check_outputs`.
+        ValueError: an output that is not a picture; see also `check_outputs`.
     """
     path = Path(args.output)
-    if path.suffix != ".png":
-        raise ValueError(f"output must be a file that ends in .png, got {args.output}")
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ValueError(f"output must end in .png, .pdf or .svg, got {args.output}")
     check_outputs(args, [path, path.with_suffix(".npz")] if args.save_arrays else [path])
 
 
-def find_images(given: Sequence[str]) -> list[dict]:
-    """Rows of image files, in the order given; those of a folder, and of all folders in it, by name.
+def find_images(given: Sequence[str], num_images: int, seed: int) -> list[dict]:
+    """Return rows of image files, in the order given: all that are named, and some of those that folders hold.
+
+    Args:
+        given: Files, and folders, whose images, and those of all folders in them, come by name.
+        num_images: Images to choose from those of all folders.
+        seed: Of the choice.
 
     Raises:
         ValueError: a file that is not there, a folder without images.
     """
-    paths = []
+    paths, of_folders = [], []
     for name in given:
         path = Path(name).expanduser()
         found = [path / name for name in list_folder(path).images] if path.is_dir() else [path]
         if not found:
             raise ValueError(f"there is no image in the folder {name}")
+        of_folders += range(len(paths), len(paths) + len(found)) if path.is_dir() else []
         paths += found
-    return image_rows(paths)
+    left_out = set(of_folders) - {of_folders[number] for number in choose_images(len(of_folders), num_images, seed)}
+    return image_rows([path for number, path in enumerate(paths) if number not in left_out])
+
+
+def choose_images(num_all: int, num_images: int, seed: int, setting: str = "num_images") -> np.ndarray:
+    """Return the numbers of the images to draw, in a random order; the main process says so if these are not all.
+
+    Args:
+        num_all: Number of images.
+        num_images: Number of those to draw, if there are as many.
+        seed: Of the choice: the same as `datasets` shuffles by.
+        setting: Name of the setting that `num_images` is from.
+    """
+    if num_images < num_all and PartialState().is_main_process:
+        print(f"drawing {num_images:,} of {num_all:,} images; --{setting} sets how many", flush=True)
+    return np.random.default_rng(seed).permutation(num_all)[:num_images]
+
+
+def image_label(row: dict, number: int | None = None) -> str:
+    """Return what a picture calls an image: its file, or its number in the dataset."""
+    image = row["image"]
+    path = image.get("path") if isinstance(image, dict) else None
+    return Path(path).name if path else "" if number is None else f"number {number}"
+
+
+def short_label(name: str, length: int = 24) -> str:
+    """Return a name as a picture can show it: the end of a long one, which tells files apart."""
+    name = printable(name)
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def add_caption(figure, model: str, data: str = "") -> None:
+    """Write under a figure which model it is of, and of what data.
+
+    Args:
+        figure: The figure, which is saved with `bbox_inches="tight"`.
+        model: Name of the model.
+        data: Name of the dataset, and what of it.
+    """
+    text = f"model: {short_label(model, 60)}" + f"\ndata: {short_label(data, 60)}" * bool(data)
+    figure.text(0.002, -0.02 / figure.get_figheight(), text, va="top", fontsize=6, color="0.4", parse_math=False)
 
 
 def to_picture(pixels: np.ndarray, display_channels: Sequence[int] | None = None) -> np.ndarray:

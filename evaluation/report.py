@@ -1,8 +1,9 @@
 """What a protocol found: values with confidence intervals, and all that one needs to find them again."""
 
 import json
+import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,6 +16,31 @@ from .outputs import write_text
 
 LEVEL = 0.95  # of the intervals
 NUM_RESAMPLES = 1000
+MAX_WIDTH = 80  # of a printed table, in characters
+_WORDS = (  # patterns of names of values, and what tables call them
+    (r"^knn_(\d+)", r"k-NN, k = \1"),
+    (r"_T([\d.e-]+)", r", temperature \1"),
+    (r"^linear", "linear classifier"),
+    (r"^held_out", "held-out images"),
+    (r"_lr([\d.e-]+)", r", learning rate \1"),
+    (r"^finetune", "fine-tuning"),
+    (r"^logistic_top", "logistic regression_top"),
+    (r"^class_mean", "class mean"),
+    (r"_1_shot", ", 1 label a class"),
+    (r"_(\d+)_shot", r", \1 labels a class"),
+    (r"_([\d.e-]+)_percent", r", \1 % of labels"),
+    (r"_std$", ", std of draws"),
+    (r"_top(\d+)$", r", top-\1"),
+    (r"^kmeans", "k-means"),
+    (r"_nmi$", ", normalized mutual information"),
+    (r"_ari$", ", adjusted Rand index"),
+    (r"^R@", "recall at "),
+    (r"mP@", "mean precision at "),
+    (r"^jf_", "J and F, "),
+    (r"^([jf])_", lambda match: f"{match[1].upper()}, "),
+    (r"^jaccard", "Jaccard index"),
+    (r"_without_void$", ", without void"),
+)
 _NOT_SETTINGS = ("protocol", "output", "overwrite", "model", "assignments")
 VERSIONS = ("torch", "torchvision", "transformers", "datasets", "dino-hf")
 
@@ -112,22 +138,43 @@ def format_value(report: Report, name: str) -> str:
     return f"{report.values[name]:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
-def short_name(model: str) -> str:
-    """The end of a long name, and what stands before it: what tells models apart."""
+def short_name(model: str, length: int = 33) -> str:
+    """The end of a name of more than `length` letters, and what stands before it: what tells models apart."""
     kind, colon, source = model.rpartition(":")
-    return f"{kind}{colon}{source if len(source) < 33 else '…' + source[-32:]}"
+    return f"{kind}{colon}{source if len(source) <= length else '…' + source[1 - length :]}"
 
 
-def format_table(reports: list[Report]) -> str:
-    """A row for each value and a column for each model, with intervals."""
-    columns = [report.model["name"] for report in reports]
-    rows = list(dict.fromkeys(name for report in reports for name in report.values))
-    cells = [["", *map(short_name, columns)]]
-    cells += [[row, *(format_value(report, row) for report in reports)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-        for line in cells
+def in_words(name: str) -> str:
+    """Return what tables call a value: "k-NN, k = 20, top-1" for `knn_20_top1`."""
+    for pattern, words in _WORDS:
+        name = re.sub(pattern, words, name)
+    return name.replace("_", ", ")
+
+
+def format_table(reports: list[Report], rows: Sequence[str] | None = None) -> str:
+    """A row for each value and a column for each model, with intervals; in several parts where 80 columns are full.
+
+    Args:
+        reports: One for each model.
+        rows: Names of values. Default: all.
+    """
+    rows = rows or list(dict.fromkeys(name for report in reports for name in report.values))
+    first = ["in percent, 95 % interval", *map(in_words, rows)]
+    width = max(map(len, first))
+    length = min(33, MAX_WIDTH - width - len("  raw_pixels:"))  # of a model's name
+    columns = [
+        [short_name(report.model["name"], length), *(format_value(report, row) for row in rows)] for report in reports
+    ]
+    parts, left = [], 0
+    for column in columns:
+        cells = [cell.rjust(max(map(len, column))) for cell in column]
+        if left < 2 + len(cells[0]):
+            parts.append([])
+            left = MAX_WIDTH - width
+        parts[-1].append(cells)
+        left -= 2 + len(cells[0])
+    return "\n\n".join(
+        "\n".join("  ".join([name.ljust(width), *cells]) for name, *cells in zip(first, *part)) for part in parts
     )
 
 

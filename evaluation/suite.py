@@ -1,4 +1,4 @@
-"""Several protocols on several models, of whatever data is at hand: one table, as Markdown, CSV and PNG.
+"""Several protocols on several models, of whatever data is at hand: one table, as Markdown, CSV and picture.
 
 A config names the data and what to measure on it:
 
@@ -29,10 +29,10 @@ from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest, on
 from .arguments import READING
 from .images import is_path
 from .models import revision_of
-from .outputs import check_outputs, is_from, mark, replacing, write_figure, write_text
+from .outputs import FIGURE_SUFFIXES, check_outputs, is_from, mark, replacing, write_figure, write_text
 from .processes import of_all_processes
 from .protocols import MEASUREMENTS, add_protocols, measure_model
-from .report import Report, format_value, short_name
+from .report import Report, format_table, format_value, in_words, short_name
 
 
 # see other crops of an image in every epoch, so that kept features are not for them
@@ -206,12 +206,12 @@ def to_markdown(rows: list[Row], models: list[str]) -> str:
     lines = [_HEAD + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
     for row in rows:
         cells = [format_value(row.reports[model], row.value) if model in row.reports else "" for model in models]
-        lines.append(f"| {row.entry.name} | {row.value} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.entry.name} | {in_words(row.value)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _is_table(path: Path) -> bool:
-    if path.suffix == ".png":
+    if path.suffix in FIGURE_SUFFIXES:
         return is_from(path, "suite")
     return path.is_file() and path.read_bytes().startswith((_HEAD.encode(), ",".join(_COLUMNS).encode()))
 
@@ -253,7 +253,7 @@ def draw(rows: list[Row], models: list[str], path: Path) -> None:
             axis.barh(place, value, color=colors[place % 10], height=0.7)
             axis.errorbar(value, place, xerr=[[value - low], [high - value]], color="black", linewidth=1, capsize=2)
             axis.text(high + 1.5, place, f"{value:.1f}", fontsize=7, va="center")
-        axis.set_title(f"{row.entry.name}\n{row.value}", fontsize=8)
+        axis.set_title(f"{row.entry.name}\n{in_words(row.value)}", fontsize=8)
         axis.set_xlim(0, 115)
         axis.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
         axis.set_yticks(range(len(models)), [short_name(model) for model in models], fontsize=8)
@@ -281,7 +281,8 @@ def measure(args: Namespace) -> None:
     path = find_config(args.config, CONFIGS / "eval", ".yaml")
     entries = read_config(path, dict(given.split("=", 1) for given in args.data))
     is_main, folder = PartialState().is_main_process, Path(args.output_dir)
-    files = [folder / name for name in ("table.md", "table.csv", "table.png")]
+    pictures = [folder / f"table{suffix}" for suffix in FIGURE_SUFFIXES]
+    files = [folder / "table.md", folder / "table.csv", *pictures]
     inputs = Namespace(**vars(args) | {"places": [entry.place for entry in entries]})
     check_outputs(inputs, files, is_ours=_is_table)
     # one process asks the Hub, lest the others hear something else
@@ -300,8 +301,12 @@ def measure(args: Namespace) -> None:
         table = to_markdown(rows, args.model)
         write_text(folder / "table.md", table)
         write_csv(rows, folder / "table.csv")
-        draw(rows, args.model, folder / "table.png")
-        print(f"\n{table}\nwrote {folder}/table.md, table.csv, table.png and reports/")
+        for path in pictures:
+            draw(rows, args.model, path)
+        for number, entry in enumerate(at_hand):
+            if found := [reports[model, number] for model in args.model if (model, number) in reports]:
+                print(f"\n{entry.name}\n{format_table(found, entry.show)}")
+        print(f"\nwrote {folder}/{', '.join(file.name for file in files)} and reports/")
     reasons = [f"{at_hand[number].name}: {model}: {reason}" for (model, number), reason in failures.items()]
     if reasons:
         of = len(at_hand) * len(args.model)

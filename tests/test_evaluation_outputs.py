@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from evaluation import features
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.outputs import filling, is_from, replacing
+from evaluation.report import Report, format_table, in_words
 from modeling_dino import DINOModel
 from modeling_dino.image_processing_dino import make_image_processor
 
@@ -413,3 +414,39 @@ def test_misshapen_config_of_a_suite_gives_one_line_error(inputs, tmp_path, caps
         argv = ["suite", "--config", path, "--model", "x", "--output_dir", tmp_path / "out"]
         message = answer(evaluate_from_command_line, argv, capsys)
         assert "must have a mapping in `data` and a list of mappings in `measure`" in message
+
+
+NAMES = {
+    "knn_20_top1": "k-NN, k = 20, top-1",
+    "knn_100_T0.07_top5": "k-NN, k = 100, temperature 0.07, top-5",
+    "linear_lr1e-06_top1": "linear classifier, learning rate 1e-06, top-1",
+    "held_out_lr0.001_top1": "held-out images, learning rate 0.001, top-1",
+    "finetune_top1": "fine-tuning, top-1",
+    "logistic_top1": "logistic regression, top-1",
+    "logistic_1_shot": "logistic, 1 label a class",
+    "class_mean_10_percent_std": "class mean, 10 % of labels, std of draws",
+    "kmeans_ari": "k-means, adjusted Rand index",
+    "R@10": "recall at 10",
+    "hard_mP@5": "hard, mean precision at 5",
+    "jpeg/75_mAP": "jpeg/75, mAP",
+    "jf_mean": "J and F, mean",
+    "f_decay": "F, decay",
+    "jaccard_without_void": "Jaccard index, without void",
+}
+
+
+def test_tables_speak_english():
+    assert {name: in_words(name) for name in NAMES} == NAMES
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 5])
+def test_table_fits_a_terminal_of_80_columns(num_models):
+    models = ["output/quickstart", "raw_pixels:" + "a/long/folder/" * 9, "untrained:facebook/dino-vits16", "b", "c"]
+    values = dict.fromkeys(NAMES, 46.25)
+    intervals = {name: (41.5, 100.0) for name in NAMES}
+    reports = [Report("knn", {"name": f"{name}"}, {}, values, intervals, {}, {}, "") for name in models[:num_models]]
+    lines = format_table(reports).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("46.25 [41.50, 100.00]") for line in lines) == num_models * len(NAMES)
+    heads = " ".join(line for line in lines if "in percent" in line)
+    assert all(name in heads for name in models[:num_models] if len(name) < 40) and ("…" in heads) == (num_models > 1)

@@ -1,13 +1,15 @@
 """Pictures of features: principal components of patches, neighbours, embeddings in the plane."""
 
+import html
 import io
+import re
 import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, DatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image as PillowImage
@@ -24,7 +26,7 @@ from evaluation.images import load_images
 from evaluation.models import load_model, mean_and_std
 from evaluation.neighbours import draw_neighbours, nearest_images
 from evaluation.pca import draw_colors, patch_map, principal_components, resize_and_crop
-from evaluation.pictures import write_files
+from evaluation.pictures import choose_images, find_images, write_files
 
 from .conftest import noise
 from .test_bad_input import answer
@@ -185,7 +187,7 @@ def test_neighbours_are_scikit_learns(kept, ours, parquet_folder, tmp_path, alon
 
 
 def test_files_as_queries_find_themselves(ours, flat_folder, tmp_path):  # noqa: F811
-    flags = "--dataset_name", flat_folder, "--image", flat_folder, flat_folder / "7.png", "--k", 2
+    flags = "--dataset_name", flat_folder, "--image", flat_folder, flat_folder / "7.png", "--k", 2, "--num_images", 12
     files = "--output", tmp_path / "n.png", "--save_arrays"
     evaluate("neighbours", "--model", ours, *flags, *files)
     arrays = np.load(tmp_path / "n.npz")
@@ -224,10 +226,10 @@ def test_pictures_are_those_of_the_indices(kept, ours, parquet_folder, tmp_path,
     queries, shown, _, query_names, names, same_class = given
     for number, (query, indices) in enumerate(zip(arrays["queries"], arrays["indices"])):
         np.testing.assert_array_equal(queries[number], pixels(sets[0], query))
-        assert query_names[number] == "ab"[labels[0][query]]
+        assert query_names[number] == f"number {query}\n{'ab'[labels[0][query]]}"
         for column, index in enumerate(indices):
             np.testing.assert_array_equal(shown[number][column], pixels(sets[1], index))
-            assert names[number][column] == "ab"[labels[1][index]]
+            assert names[number][column] == f"number {index}\n{'ab'[labels[1][index]]}"
             assert same_class[number, column] == (labels[1][index] == labels[0][query])
 
 
@@ -293,7 +295,7 @@ def test_bad_input(ours, kept, parquet_folder, tmp_path, monkeypatch, capsys):  
         "neighbours", "--features", kept, "--k", 41
     )
     for command in ("pca", "neighbours", "embedding"):
-        assert "output must be a file that ends in .png, got x.pdf" in ask(command, *model, *data, "--output", "x.pdf")
+        assert "output must end in .png, .pdf or .svg, got x.jpg" in ask(command, *model, *data, "--output", "x.jpg")
         assert "give --model" in ask(command, *model)
     assert "leave out --streaming" in ask("neighbours", *model, *data, "--streaming")
     assert "raw pixels have no patches" in ask("pca", "--model", f"raw_pixels:{ours}", *data)
@@ -327,3 +329,92 @@ def test_classes_of_splits_are_matched_in_frames(ours, parquet_folder, tmp_path,
         )
     np.testing.assert_array_equal(*frames)
     assert frames[0].any() and not frames[0].all()
+
+
+# what all pictures share
+
+
+SOURCES = {
+    "attention": ("--model", "{ours}", "--dataset_name", "{flat}", "--eval_split", "train", "--num_images", 3),
+    "pca": ("--model", "{ours}", "--image", "{flat}", "--image_size", 32, "--num_images", 3),
+    "neighbours": ("--features", "{kept}", "--num_images", 3, "--k", 2),
+    "embedding": ("--features", "{kept}", "--eval_split", "train", "--perplexity", 5, "--max_images", 30),
+    "duplicates": ("--features", "{kept}", "--threshold", 0.9999),
+}
+
+
+@pytest.fixture(scope="module")
+def draw(ours, kept, flat_folder):  # noqa: F811
+    def draw(command, path, *argv):
+        given = [str(each).format(ours=ours, flat=flat_folder, kept=kept) for each in SOURCES[command]]
+        output = ("--output", path) if command != "duplicates" else ("--output", "{path}.csv", "--picture", path)
+        evaluate(command, *given, *(str(each).format(path=path) for each in output), *argv)
+
+    return draw
+
+
+def texts(picture) -> list[str]:
+    """All that is written in an SVG, which has its letters as comments."""
+    return re.findall(r"<!-- (.*?) -->", html.unescape(picture.read_text()))
+
+
+@pytest.mark.parametrize("command", SOURCES)
+def test_picture_is_written_as_pdf_and_svg_and_names_its_model(draw, command, ours, tmp_path):  # noqa: F811
+    for suffix in (".pdf", ".svg"):
+        path = tmp_path / f"new/picture{suffix}"
+        draw(command, path)
+        first = path.read_bytes()
+        assert first.startswith({".pdf": b"%PDF", ".svg": b"<?xml"}[suffix])
+        draw(command, path)  # a command replaces its own picture
+        assert path.read_bytes() == first
+        other = "pca" if command != "pca" else "embedding"
+        with pytest.raises(ValueError, match=f"exists and is not from dino-eval {other}"):
+            draw(other, path)
+    written = texts(tmp_path / "new/picture.svg")
+    assert f"model: {ours}" in written or f"model: …{str(ours)[-59:]}" in written
+
+
+def test_pictures_name_their_files(draw, flat_folder, tmp_path):
+    for command in ("attention", "pca"):
+        draw(command, tmp_path / f"{command}.svg")
+        found = {text for text in texts(tmp_path / f"{command}.svg") if text.endswith(".png")}
+        assert len(found) == 3 and found <= {path.name for path in flat_folder.iterdir()}
+
+
+def test_name_with_dollars_is_drawn_as_it_is(ours, tmp_path):  # noqa: F811
+    (tmp_path / "images").mkdir()
+    for name in ("a$^$.png", "写真.png"):  # which is no mathematics, and not in the font
+        noise(np.random.default_rng(0)).save(tmp_path / "images" / name)
+    for command in ("attention", "pca"):
+        flags = "--image", tmp_path / "images", "--image_size", 32, "--output", tmp_path / f"{command}.svg"
+        evaluate(command, "--model", ours, *flags)
+        assert "a$^$.png" in texts(tmp_path / f"{command}.svg")
+
+
+@pytest.mark.parametrize("command", ["attention", "pca", "neighbours"])
+def test_folder_is_drawn_in_part_unless_asked(command, ours, flat_folder, tmp_path, capsys):  # noqa: F811
+    """Of twelve images of a folder, eight; a file that is named is always one of them."""
+    flags = ["--model", ours, "--image", flat_folder, flat_folder / "7.png", "--output", tmp_path / "a.png"]
+    flags += ["--save_arrays", "--image_size", 32] + ["--dataset_name", flat_folder] * (command == "neighbours")
+    counted = {"attention": "attention", "pca": "colors", "neighbours": "queries"}[command]
+
+    def drawn() -> int:
+        arrays = np.load(tmp_path / "a.npz")
+        return len(arrays["queries"]) if command == "neighbours" else sum(counted in name for name in arrays)
+
+    evaluate(command, *flags)
+    assert drawn() == 9 and "drawing 8 of 12 images; --num_images sets how many\n" in capsys.readouterr().out
+    evaluate(command, *flags, "--num_images", 100)
+    assert drawn() == 13 and "drawing" not in capsys.readouterr().out
+
+
+def test_images_of_a_folder_are_chosen_by_the_seed_and_come_by_name(flat_folder):
+    chosen = [[row["image"]["path"] for row in find_images([str(flat_folder)], 5, seed)] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2] and all(len(set(paths)) == 5 for paths in chosen)
+    everything = [row["image"]["path"] for row in find_images([str(flat_folder)], 12, 0)]
+    assert all(paths == [path for path in everything if path in paths] for paths in chosen)
+
+
+def test_dataset_is_drawn_as_datasets_shuffles_it():
+    shuffled = Dataset.from_dict({"number": range(50)}).shuffle(seed=3)["number"][:7]
+    assert choose_images(50, 7, 3).tolist() == list(shuffled)

@@ -353,7 +353,7 @@ def test_image_of_any_ending_is_read(tmp_path, name, kind):
     (tmp_path / "deep/er" / name).write_bytes(content(0, kind))
     [row] = load_images(str(tmp_path))
     assert EncodedImage(row["image"], Reading(3)).decode().shape == (3, 20, 24)
-    assert len(find_images([str(tmp_path)])) == 1
+    assert len(find_images([str(tmp_path)], 8, 0)) == 1
 
 
 def test_heif_is_read_with_pillow_heif(tmp_path):

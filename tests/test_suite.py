@@ -10,6 +10,7 @@ from PIL import Image
 
 from evaluation import suite
 from evaluation.__main__ import evaluate_from_command_line
+from evaluation.outputs import is_from
 
 from .test_bad_input import answer
 from .test_features import ours  # noqa: F401
@@ -43,6 +44,8 @@ def flags(ours, config, parquet_folder, tmp_path):  # noqa: F811
 def test_table_has_the_commands_values(flags, ours, parquet_folder, tmp_path, capsys):  # noqa: F811
     evaluate_from_command_line(flags(KNN, MASKS))
     printed = capsys.readouterr().out
+    assert "\nknn, images\nin percent" in printed and "\nk-NN, k = 5, top-1" in printed and "k = 1," not in printed
+    assert max(map(len, printed.splitlines()[-8:-1])) <= 80
     assert "left out: there is no elsewhere here; say where it lies by --data elsewhere=PLACE" in printed
     argv = ["knn", "--model", str(ours), f"raw_pixels:{ours}", "--dataset_name", str(parquet_folder), "--k", "1", "5"]
     evaluate_from_command_line([*argv, "--output", str(tmp_path / "knn.json")])
@@ -59,6 +62,7 @@ def test_table_has_the_commands_values(flags, ours, parquet_folder, tmp_path, ca
     assert expected[0]["model"]["revision"] == lines[0]["revision"] != lines[1]["revision"]
     with Image.open(tmp_path / "suite/table.png") as picture:
         assert picture.width > picture.height
+    assert all(is_from(tmp_path / f"suite/table{suffix}", "suite") for suffix in (".png", ".pdf", ".svg"))
 
 
 def test_suite_goes_on_after_the_last_report(flags, monkeypatch):
@@ -110,8 +114,9 @@ def test_value_that_one_model_lacks_leaves_its_cell_empty(flags, ours, tmp_path)
     few = {"protocol": "few_shot", "dataset_name": "images", "shots": [1], "percent": [], "num_draws": 2}
     evaluate_from_command_line(flags(KNN, few, KNN | {"k": [7], "show": ["knn_7_top1"]}))
     table = (tmp_path / "suite/table.md").read_text()
-    assert "| few_shot, images | logistic_1_shot |" in table
-    assert "| knn, images, k [1, 5] | knn_5_top1 |" in table and "| knn, images, k [7] | knn_7_top1 |" in table
+    assert "| few_shot, images | logistic, 1 label a class |" in table
+    assert "| knn, images, k [1, 5] | k-NN, k = 5, top-1 |" in table
+    assert "| knn, images, k [7] | k-NN, k = 7, top-1 |" in table
 
 
 @pytest.mark.parametrize(

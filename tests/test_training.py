@@ -180,6 +180,7 @@ def test_waiting_for_data_is_a_share_of_the_time(run):
 def test_curves_are_drawn(run):
     with Image.open(run[0] / "figures/curves.png") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
+    assert (run[0] / "figures/curves.pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("with_knn", [True, False])

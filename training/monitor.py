@@ -354,9 +354,9 @@ def _different_images(batch: CropBatch, batch_size: int) -> list[int]:
 
 
 def draw_curves(output_dir: Path, out_dim: int) -> Path:
-    """Draw loss, teacher entropy, target information, which decides the verdict, and k-NN into `figures/curves.png`.
+    """Draw loss, teacher entropy, target information and k-NN of a run into `figures/curves.png` and `curves.pdf`.
 
-    Gray lines: ln K, what chance gives; and the target information below which a run fails.
+    Gray lines: ln K, what chance gives; and the target information below which a run fails, as the verdict says.
     """
     import matplotlib
 
@@ -400,5 +400,6 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
     path = output_dir / "figures" / "curves.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     plt.close(figure)
     return path

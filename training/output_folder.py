@@ -28,7 +28,7 @@ VERSION = 1  # of its format
 LOCKS = ("run.lock", "run.soft.lock")
 WRITTEN = (  # during the run
     *("train.log", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "non_finite.jsonl"),
-    *("figures/crops.png", "figures/curves.png", "figures/attention.png"),
+    *("figures/crops.png", "figures/curves.png", "figures/curves.pdf", "figures/attention.png"),
 )
 CODE = tuple(sorted(path.name for path in Path(modeling_dino.__file__).parent.glob("*_dino.py")))
 PUBLISHED = ("config.json", "preprocessor_config.json", "README.md", *CODE)  # once, when it is done; and the weights
