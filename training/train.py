@@ -360,8 +360,9 @@ def _train(
         if state.is_whole and accelerator.is_main_process and not accelerator.is_fsdp2:
             save(whole_step, Agreement(None))
 
-    if evaluate and not first_step:
-        run_evaluation(0)
+    is_done_elsewhere = first_step == num_steps and not is_resumed
+    if evaluate and (first_step == 0 or is_done_elsewhere):
+        run_evaluation(first_step)
     student.train()
     faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
 
