@@ -338,6 +338,7 @@ def _train(
         interruption.end_within(20, "its end took too long, and all is saved", Interrupted.exit_code)
         raise Interrupted(how)
 
+    save_every = steps_per_epoch if args.save_steps is None else args.save_steps or num_steps
     saved_step, whole_step, data_state = first_step, first_step, loader.state_dict()
 
     def save(step: int, among: Agreement = agreement) -> None:
@@ -398,9 +399,7 @@ def _train(
             whole_step, data_state = done, loader.state_dict()
             monitor.count(global_batch_size)
             is_last = done == num_steps
-            log_now, save_now = (
-                is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
-            )
+            log_now, save_now = (is_last or done % every == 0 for every in (args.logging_steps, save_every))
             num_seen, skipped = (done - first_step) * global_batch_size, Counter()
             if log_now:
                 guard.settle()
