@@ -31,6 +31,7 @@ from .checkpoint import (
     load_progress,
     save_checkpoint,
     saved_arguments,
+    saved_config,
     saved_value_types,
     set_later_checkpoints_aside,
 )
@@ -45,7 +46,7 @@ from .knn_evaluation import KNNEvaluation
 from .launcher import make_accelerator
 from .log import RunLog
 from .monitor import Monitor, draw_crops
-from .networks import load_config, make_student, make_teacher
+from .networks import load_config, make_student, make_teacher, warn_of_image_size
 from .optim import (
     clip_gradients_,
     drop_gradients,
@@ -208,6 +209,7 @@ def _train(
         args = resolved(args, eval_split=evaluate.split_names[-1])
     data = identify_data(args, loader.lengths)
     checkpoint = choose_start(args, output_dir, global_batch_size, data)
+    config = load_config(args, saved_config(checkpoint, args.init_from))  # with the size that its weights have
     is_resumed = checkpoint is not None and is_of_folder(checkpoint, output_dir)
     folder.check_idle(args, is_resumed)
     set_seed(args.seed)
@@ -223,6 +225,7 @@ def _train(
         if not has_heads and args.freeze_backbone_steps is None:
             args = resolved(args, freeze_backbone_steps=steps_per_epoch)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
+    warn_of_image_size(config, args, checkpoint is not None)
     if args.gradient_checkpointing:
         try:
             # older versions of transformers know the second name alone
