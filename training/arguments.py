@@ -269,6 +269,8 @@ class TrainingArguments(AugmentationArguments):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} is missing; give --{name}")
         names = [field.name for field in dataclasses.fields(self)]
+        if self.dry_run_processes and not self.dry_run:
+            raise ValueError(f"dry_run_processes is for --dry_run alone, got {self.dry_run_processes}. Add --dry_run.")
         for name in self.allow_changed:
             if name not in (*names, "data", "mixed_precision"):  # the images themselves; the launcher's
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
@@ -326,8 +328,6 @@ class TrainingArguments(AugmentationArguments):
         return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels)
 
 
-class _TrainingParser(OneLineErrors, HfArgumentParser):
-    synonyms = SYNONYMS
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a help text, unless there is none or the text says it."""
 
@@ -336,6 +336,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if is_said else super()._get_help_string(action)
 
 
+class _TrainingParser(OneLineErrors, HfArgumentParser):
+    synonyms = SYNONYMS
 
 
 def _yaml_flags(path: Path) -> list[str]:

@@ -234,6 +234,8 @@ def _train(
         except ValueError as error:
             kind = config.backbone_config.model_type
             raise ValueError(f"gradient_checkpointing: a {kind} cannot, leave it out") from error
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     if args.dry_run:
         if accelerator.is_main_process:
             print(
@@ -244,8 +246,6 @@ def _train(
         accelerator.end_training()
         return output_dir
 
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.tf32
     state = prepare_state(accelerator, args, student, teacher)
     if center is not None:
         state.dino_loss.center.copy_(center)
