@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from modeling_dino.command_line import Parser, run_process  # noqa: E402
 
 from . import suite  # noqa: E402
+from .arguments import EvaluationParser  # noqa: E402
 from .processes import connect_processes, lost_process_explained  # noqa: E402
 from .protocols import add_command, add_protocols, measure_model  # noqa: E402
 from .report import format_table, write_reports  # noqa: E402
@@ -40,7 +41,7 @@ def measure(args: Namespace) -> None:
 
 def evaluate_from_command_line(argv: list[str]) -> None:
     parser = Parser(prog="dino-eval", description="Measure what a vision model has learned.")
-    commands = parser.add_subparsers(dest="protocol", required=True, parser_class=Parser, metavar="PROTOCOL")
+    commands = parser.add_subparsers(dest="protocol", required=True, parser_class=EvaluationParser, metavar="PROTOCOL")
     add_protocols(commands)
     add_command(commands, "suite", suite)
     args = parser.parse_args(argv)

@@ -15,6 +15,37 @@ READING = {  # settings of how images are read, and their defaults
 }
 
 
+_OF_THE_MODEL = "It is of the model. Give --model alone."
+# names in the evaluations of the reference implementation, of timm and of lightly-train, and here
+SYNONYMS = {
+    "arch": _OF_THE_MODEL, "patch_size": _OF_THE_MODEL, "imsize": "image_size", "img_size": "image_size",
+    "resize": "image_size", "short_side": "image_size",
+    **dict.fromkeys(["pretrained_weights", "weights", "model_name_or_path", "checkpoint", "init_from"], "model"),
+    "checkpoint_key": "Choose the network when it is converted: dino-convert FILE FOLDER --key teacher.",
+    "pretrained_linear": "Convert the classifier with its network: dino-convert FILE FOLDER --linear CLASSIFIER.",
+    **dict.fromkeys(["data_path", "data", "data_dir", "dataset", "input_path"], "dataset_name"),
+    "image_path": "image", "images": "image", "video_path": "video", "num_labels": "label_column",
+    **dict.fromkeys(["batch_size_per_gpu", "bs", "per_device_eval_batch_size"], "batch_size"),
+    **dict.fromkeys(["nb_knn", "knn", "k_list", "num_neighbors", "num_neighbours", "n_neighbors"], "k|num_neighbors"),
+    **dict.fromkeys(["knn_t", "temp", "tau"], "temperature"), "workers": "num_workers",
+    **dict.fromkeys(["lr", "learning_rate", "base_lr", "base_learning_rate"], "learning_rates|learning_rate"),
+    **dict.fromkeys(["num_train_epochs", "num_epochs"], "epochs"), "n_shots": "shots", "num_shots": "shots",
+    **dict.fromkeys(["dump_features", "load_features", "features_dir"], "features"),
+    "n_last_frames": "num_last_frames", "size_mask_neighborhood": "neighborhood", "top_k": "topk",
+    "threshold": "mass", "split": "eval_split", "out": "output|output_dir", "output": "output_dir",
+    "output_dir": "output", "max_samples": "max_images|num_images", "n_clusters": "num_clusters",
+    "drop_path": "drop_path_rate", "smoothing": "label_smoothing", "wd": "weight_decay",
+    **dict.fromkeys(["dist_url", "local_rank", "use_cuda", "gpus", "device", "devices", "num_processes"],
+                    "Processes and devices are the launcher's: accelerate launch --num_processes N -m evaluation ..."),
+    **dict.fromkeys(["fp16", "bf16", "use_fp16", "amp", "precision", "mixed_precision"],
+                    "dtype|Precision is the launcher's: accelerate launch --mixed_precision bf16 -m evaluation ..."),
+}  # fmt: skip
+
+
+class EvaluationParser(Parser):
+    synonyms = SYNONYMS
+
+
 def add_model(parser: Parser, image_size: int | None = None, meaning: str | None = None, several: bool = True) -> None:
     """`--model` and `--image_size`; a protocol with a size of its own says what it is, and what it means there."""
     parser.add_argument(

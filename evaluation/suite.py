@@ -26,7 +26,7 @@ from datasets import load_dataset_builder
 
 from modeling_dino.command_line import CONFIGS, Parser, find_config, nearest, one_line
 
-from .arguments import READING
+from .arguments import READING, EvaluationParser
 from .images import is_path
 from .models import revision_of
 from .outputs import FIGURE_SUFFIXES, check_outputs, is_from, mark, replacing, write_figure, write_text
@@ -92,7 +92,7 @@ def read_config(path: Path, places: dict[str, str]) -> list[Entry]:
             raise ValueError(f"there is no {place}, given by --data")
     places = config["data"] | places
     parser = Parser(prog=str(path))
-    add_protocols(parser.add_subparsers(dest="protocol", parser_class=Parser))
+    add_protocols(parser.add_subparsers(dest="protocol", parser_class=EvaluationParser))
     entries = []
     for number, given in enumerate(config["measure"], start=1):
         flags = dict(given)

@@ -22,8 +22,10 @@ LARGEST = 2**63  # integers from here on overflow in libraries, each in its own 
 
 
 class OneLineErrors:
-    """Makes an `ArgumentParser` answer in one line, name the nearest flag to one that it does not know, and refuse
+    """Makes an `ArgumentParser` answer in one line, name the flag meant by one that it does not know, and refuse
     integers that no library takes."""
+
+    synonyms: dict[str, str] = {}  # see `meant`
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
@@ -32,7 +34,7 @@ class OneLineErrors:
         if self._subparsers is None:  # else the flags are a sub-command's
             for flag in (arg.split("=")[0] for arg in args or [] if arg.startswith("--")):
                 if flag not in self._option_string_actions:
-                    self.error(f"there is no option {flag}" + nearest(flag, self._option_string_actions))
+                    self.error(f"there is no option {flag}" + meant(flag, self._option_string_actions, self.synonyms))
         namespace, rest = super().parse_known_args(args, namespace)
         for name, value in vars(namespace).items():
             for number in value if isinstance(value, list) else [value]:
@@ -50,6 +52,24 @@ def nearest(given: str, allowed) -> str:
     """ ", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near."""
     found = difflib.get_close_matches(given, allowed, n=1)
     return f", did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(allowed))}"
+
+
+def meant(given: str, allowed, synonyms: dict[str, str]) -> str:
+    """Answer a name that is not in `allowed` by what it means elsewhere, or else by its letters, as `nearest` does.
+
+    Args:
+        given: A setting or, with dashes, a flag.
+        allowed: Names that there are.
+        synonyms: Names elsewhere -> ours: the first of them, separated by `|`, that is in `allowed`. An entry with
+            spaces is a sentence that says what to do.
+    """
+    dashes = "--" * given.startswith("--")
+    for answer in synonyms.get(given.lstrip("-").replace("-", "_").lower(), "").split("|"):
+        if " " in answer:
+            return f". {answer}"
+        if dashes + answer in allowed:
+            return f", did you mean {dashes}{answer}?"
+    return nearest(given, allowed)
 
 
 def find_config(name: str, folder: Path, suffix: str) -> Path:

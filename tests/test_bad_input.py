@@ -169,7 +169,7 @@ def test_data_of_which_nothing_can_be_decoded_is_no_start(recipe, flat_folder, t
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "fp8", "Using `fp8` precision requires"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "must be no, bf16 or fp16, got fp8"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16 needs a GPU; on CPU there is bf16"),
     ],
 )

@@ -106,7 +106,7 @@ def test_run_describes_itself_before_its_first_batch(recipe, parquet_folder, tmp
     finished = scripted(BEFORE_THE_FIRST_BATCH, tmp_path, *argv)
     assert finished.returncode == 7, finished.stderr
     device, network, head, images, steps, time_line = finished.stdout.splitlines()
-    assert device == "Device: 1 process on CPU with 1 thread, fp32"
+    assert device == "Device: 1 process on CPU, 1 thread, fp32"
     planned = command(*argv, "--dry_run", "true").stdout
     backbone, of_head = (re.search(rf"{part} +([\d,]+)", planned)[1] for part in ("backbone", "head"))
     assert network == f"Network: vit_tiny_patch16 with config_overrides, {backbone} parameters"

@@ -1,5 +1,6 @@
 """`--dry_run` by the real command: its numbers against independent ones, and that it leaves nothing behind."""
 
+import copy
 import json
 import math
 import re
@@ -8,18 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_dino import DINOConfig, DINOForPreTraining
-from training import TrainingArguments, train
+from training import TrainingArguments, speed, train
 from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
 from training.dry_run import activation_bytes, find_origins, state_bytes
+from training.networks import load_config
 from training.optim import parameter_groups
 
 from .commands import command, trained
 from .hub import Hub
 from .test_bad_input import answer
 from .test_hub import client
+from .test_step import Training
 from .test_training import RECIPE, recipe  # noqa: F401
 
 
@@ -220,3 +225,100 @@ def test_activations_of_many_images_follow_from_those_of_two():
     assert really < estimate(6) <= really + loss
     assert estimate(6) - estimate(5) == estimate(2) - estimate(1)
     assert math.isclose(estimate(600), 100 * estimate(6), rel_tol=0.05)
+
+
+def test_processes_of_another_machine(recipe, parquet_folder, tmp_path):  # noqa: F811
+    """What one process says of two is what two say of themselves, but for the time that was measured."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    argv += ("--gradient_accumulation_steps", 2)
+    alone, both = trained(*argv, "--dry_run_processes", 2), trained(*argv, processes=2)
+    for title in ("Run", "Schedule", "Parameters", "Memory"):
+        assert section(alone, title) == section(both, title), title
+    assert dict(section(alone, "Run"))["global batch"] == "32 = 2 processes x 8 images x 2 accumulated"
+    assert "as if each process had such a device" in alone.lower() and not list(tmp_path.iterdir())
+    finished = command(*argv[:-3], "--dry_run_processes", 2)
+    assert finished.returncode == 2 and "dry_run_processes is for --dry_run alone, got 2" in finished.stderr
+
+
+def test_time_of_a_run_follows_from_a_step(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    printed = trained(*argv, "--max_steps", 100_000_000)
+    rows = dict(row for row in section(printed, "Time, measured on this machine") if len(row) == 2)
+    assert rows["device"] == "CPU, 1 thread, fp32"
+    number, _, what = rows["a step"].partition(" s for ")
+    assert what == "8 images of a process"
+    hours = float(rows["all steps"].removesuffix(" hours").replace(",", ""))
+    assert hours == pytest.approx(float(number) * 1e8 / 3600, rel=0.01)
+    assert "of at most" in rows["measured"] or rows["measured"] == "whole steps"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batch", "num_measured"),
+    [(1000, 64, 64), (1000, 3, 3), (1000, 1, 1), (100, 64, 16), (0, 64, 2)],
+)
+def test_steps_of_a_whole_batch_follow_from_smaller_ones(monkeypatch, seconds, batch, num_measured):
+    """By a clock of our own: a step takes 1 s and half a second an image, and twice that the first time."""
+    now, calls = [0.0], []
+
+    def step(noise) -> tuple[float, float]:
+        num_images = len(noise.crops[0]) // 2
+        factor = 1 if num_images in calls else 2
+        calls.append(num_images)
+        now[0] += (1 + 0.5 * num_images) * factor
+        return 0.5 * num_images * factor, 1 * factor
+
+    monkeypatch.setattr(speed, "_make_step", lambda *_: step)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    args = TrainingArguments(
+        dataset_name="x", output_dir="y", global_crop_size=16, local_crop_size=8, num_local_crops=1,
+        per_device_train_batch_size=batch,
+    )  # fmt: skip
+    student = DINOForPreTraining(tiny())
+    found = speed.measure_step(args, student, Accelerator(cpu=True, gradient_accumulation_steps=3), seconds)
+    assert (found.num_images, found.num_measured) == (3 * batch, num_measured)
+    if seconds:
+        assert found.seconds == pytest.approx(3 * 0.5 * batch + 1)
+        assert now[0] <= seconds
+    else:  # the one step that is always done
+        assert calls == [2] and found.seconds == pytest.approx(2 * (3 * 0.5 * batch + 1))
+
+
+def tiny() -> DINOConfig:
+    return DINOConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, out_dim=8
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"augmentation_device": "host"}, {"gradient_checkpointing": True}])
+def test_measured_step_computes_what_a_training_step_does(settings):
+    training = Training(**settings)
+    student = DINOForPreTraining(load_config(training.args)).train()
+    if settings.get("gradient_checkpointing"):
+        for network in (student, training.state.student):
+            # older versions of transformers know the second name alone
+            enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+    before, random = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    measured = speed._make_step(training.args, student, training.accelerator)
+    batch = speed._noise(training.args, 3, 4)
+    training.step()
+    with FlopCounterMode(display=False) as real:
+        training.step()
+    with FlopCounterMode(display=False) as copied:
+        assert min(measured(batch)) > 0
+    assert copied.get_total_flops() == real.get_total_flops() > 0
+    torch.set_rng_state(random)
+    speed.measure_step(training.args, student, training.accelerator, seconds=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_step_that_does_not_fit_the_memory_is_said(monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(speed, "_make_step", out_of_memory)
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    train_from_command_line(list(map(str, argv)))
+    assert "Not measured: a step of two images does not fit the memory" in capsys.readouterr().out

@@ -227,6 +227,26 @@ def test_metrics_of_a_resumed_run_are_those_of_one_that_never_stopped(recipe, pa
     assert rest == whole[1:]
 
 
+@pytest.mark.parametrize(
+    "flags", [(), ("--eval_split", "test", "--eval_steps", 5), ("--streaming", "--num_examples", 40)]
+)
+def test_finished_run_resumed_elsewhere_is_published_there(run, recipe, parquet_folder, tmp_path, flags):
+    """There is nothing to train; the card has what is known: no loss, and k-NN if that is asked for."""
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, *flags)
+    resumed = ("--resume_from_checkpoint", run[0] / "checkpoints/step_0000010")
+    printed = trained(*argv, *resumed, "--allow_changed", "streaming", "num_examples", "data")
+    assert run_snippet(printed, run[0].parent) == "(1, 24) DINOModel"
+    resumed, first = (load_file(folder / "model.safetensors") for folder in (tmp_path, run[0]))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in first.items())
+    card = (tmp_path / "README.md").read_text()
+    assert "10 steps of 8 images" in card and "loss at the end" not in card and "curves.png" not in card
+    if "--eval_steps" in flags:
+        accuracies = [
+            [line["knn_10_top1"] for line in metrics(f) if "knn_10_top1" in line] for f in (tmp_path, run[0])
+        ]
+        assert accuracies[0] == accuracies[1][-1:] and "k-NN of the features on the split `test`" in card
+
+
 @pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_afterwards(recipe, parquet_folder, tmp_path):
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path)

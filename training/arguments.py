@@ -1,5 +1,6 @@
 """The settings of a run and how they are read: defaults, then the YAML of --config, then flags."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -14,9 +15,73 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from evaluation.decoding import MAX_IMAGE_PIXELS, Reading
 from evaluation.workers import MAX_WORKERS
-from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, nearest, short_in_notebooks
+from modeling_dino import DINOConfig
+from modeling_dino.command_line import CONFIGS, OneLineErrors, find_config, meant, nearest, short_in_notebooks
 
 from .augmentation import AugmentationArguments
+
+
+_PROCESSES = "Processes are the launcher's: accelerate launch --num_processes N -m training ..."
+_PRECISION = "Precision is the launcher's: accelerate launch --mixed_precision bf16 -m training ..."
+_SLURM = "Options of Slurm are for sbatch: see configs/slurm/train.sbatch."
+# names of fields of the model's config elsewhere, and here
+FIELD_SYNONYMS = {
+    "embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "img_size": "image_size", "in_chans": "num_channels", "input_channels": "num_channels",
+    "drop_path": "drop_path_rate", "nlayers": "head_num_layers", "hidden_dim": "head_hidden_dim",
+    "bottleneck_dim": "head_bottleneck_dim", "output_dim": "out_dim", "num_prototypes": "out_dim",
+    "use_bn": "use_bn_in_head",
+}  # fmt: skip
+# names of settings elsewhere (the reference implementation, lightly-train, timm, scripts of transformers), and here
+SYNONYMS = {
+    field: f"{name} is a field of the model's config. Give --config_overrides {name}=VALUE."
+    for field, name in ({name: name for name in DINOConfig().to_dict()} | FIELD_SYNONYMS).items()
+} | {
+    "lr": "base_learning_rate", "learning_rate": "base_learning_rate", "blr": "base_learning_rate",
+    "lr_base": "base_learning_rate", "min_lr": "min_learning_rate", "warmup_lr_epochs": "warmup_epochs",
+    "warmup_steps": "warmup_epochs", "num_warmup_steps": "warmup_epochs", "warmup_ratio": "warmup_epochs",
+    "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "max_epochs": "num_train_epochs",
+    "steps": "max_steps", "max_train_steps": "max_steps", "num_steps": "max_steps",
+    "num_train_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size", "batch_size_per_gpu": "per_device_train_batch_size",
+    "bs": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
+    "per_gpu_batch_size": "per_device_train_batch_size", "validation_batch_size": "per_device_eval_batch_size",
+    "accumulate_grad_batches": "gradient_accumulation_steps", "grad_accum_steps": "gradient_accumulation_steps",
+    "accum_iter": "gradient_accumulation_steps", "grad_checkpointing": "gradient_checkpointing",
+    "max_grad_norm": "clip_grad", "gradient_clip_val": "clip_grad", "opt": "optimizer", "optim": "optimizer",
+    "wd": "weight_decay", "freeze_last_layer": "freeze_last_layer_epochs", "student_temperature": "student_temp",
+    "teacher_temperature": "teacher_temp", "warmup_teacher_temperature": "warmup_teacher_temp",
+    "teacher_momentum": "momentum_teacher", "model_ema_decay": "momentum_teacher", "ema_decay": "momentum_teacher",
+    "arch": "model_config", "model": "model_config", "backbone": "model_config", "model_name": "model_config",
+    "config_name": "model_config", "config_name_or_path": "model_config", "model_type": "model_config",
+    "model_name_or_path": "init_from", "pretrained_weights": "init_from", "pretrained": "init_from",
+    "initial_checkpoint": "init_from", "weights": "init_from", "checkpoint": "init_from", "load_from": "init_from",
+    "data": "dataset_name", "data_path": "dataset_name", "data_dir": "dataset_name", "dataset": "dataset_name",
+    "train_dir": "dataset_name", "images": "dataset_name", "image_column_name": "image_column",
+    "label_column_name": "label_column", "input_key": "image_column", "target_key": "label_column",
+    "out": "output_dir", "output": "output_dir", "overwrite": "overwrite_output_dir",
+    "resume_interrupted": "resume_from_checkpoint", "ckpt_path": "resume_from_checkpoint",
+    "saveckp_freq": "save_steps", "checkpointing_steps": "save_steps", "save_every": "save_steps",
+    "save_freq": "save_steps", "checkpoint_hist": "save_total_limit", "log_interval": "logging_steps",
+    "log_every": "logging_steps", "log_freq": "logging_steps", "knn_every": "eval_steps", "eval_freq": "eval_steps",
+    "val_freq": "eval_steps", "workers": "num_workers", "dataloader_num_workers": "num_workers",
+    "num_data_workers": "num_workers", "img_size": "global_crop_size", "image_size": "global_crop_size",
+    "input_size": "global_crop_size", "crop_size": "global_crop_size", "resolution": "global_crop_size",
+    "global_crops_size": "global_crop_size", "local_crops_size": "local_crop_size",
+    "local_crops_number": "num_local_crops", "crop_pct": "eval_crop_pct", "hflip": "flip_probability",
+    "color_jitter_prob": "jitter_probability", "color_jitter": "brightness",
+    "grayscale_prob": "grayscale_probability", "gaussian_blur_prob": "blur_probability",
+    "solarize_prob": "solarize_probability", "mean": "image_mean", "std": "image_std", "loggers": "report_to",
+    "with_tracking": "report_to", "log_wandb": "report_to", "log_with": "report_to", "repo_id": "hub_model_id",
+    **dict.fromkeys(["dist_url", "local_rank", "ngpus", "gpus", "num_gpus", "nodes", "num_nodes", "devices",
+                     "accelerator", "strategy", "world_size", "num_processes", "device"], _PROCESSES),
+    **dict.fromkeys(["use_fp16", "fp16", "bf16", "amp", "amp_dtype", "use_amp", "precision", "mixed_precision",
+                     "fp16_precision"], _PRECISION),
+    **dict.fromkeys(["timeout", "partition", "use_volta32", "comment"], _SLURM),
+    **dict.fromkeys(["torchcompile", "torch_compile", "compile"],
+                    "Compile by the launcher: accelerate launch --dynamo_backend inductor "
+                    "--dynamo_use_regional_compilation -m training ..."),
+}  # fmt: skip
 
 
 @dataclass
@@ -27,7 +92,7 @@ class TrainingArguments(AugmentationArguments):
 
     dataset_name: str | None = HfArg(
         default=None,
-        help="Hub id or path: a folder of images, parquet, Arrow or tar files, or what save_to_disk wrote.",
+        help="Hub id or path: a folder of images, parquet, Arrow or tar files, or what save_to_disk wrote. Required.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of a data set that has several.")
     train_split: str = HfArg(default="train", help="Split to train on.")
@@ -142,7 +207,7 @@ class TrainingArguments(AugmentationArguments):
         "DINOv2 has 0.1. What is logged as the loss is without it.",
     )
 
-    output_dir: str | None = HfArg(default=None, help="Where the model, metrics.jsonl and checkpoints go.")
+    output_dir: str | None = HfArg(default=None, help="Where the model, metrics.jsonl and checkpoints go. Required.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start anew in an output_dir that holds another run.")
     resume_from_checkpoint: str | None = HfArg(
         default=None,
@@ -156,7 +221,11 @@ class TrainingArguments(AugmentationArguments):
         default_factory=list,
         help="Settings that may differ from those of the checkpoint that the run resumes from; `data` for the images.",
     )
-    save_steps: int | None = HfArg(default=None, help="Steps between checkpoints; every epoch by default.")
+    save_steps: int | None = HfArg(
+        default=None,
+        help="Steps between checkpoints; 0 writes one at the end alone, or when the run is told to stop. Default: an "
+        "epoch.",
+    )
     save_total_limit: int = HfArg(default=2, help="Checkpoints to keep.")
     logging_steps: int = HfArg(default=10, help="Steps between lines of metrics.jsonl.")
     stop_on_collapse: bool = HfArg(
@@ -164,7 +233,9 @@ class TrainingArguments(AugmentationArguments):
         help="End the run, with code 2 and without another checkpoint, once its metrics say that it is stuck at "
         "uniform, collapsing to one output or diverging.",
     )
-    eval_steps: int | None = HfArg(default=None, help="Steps between k-NN evaluations; needs labels. Off by default.")
+    eval_steps: int | None = HfArg(
+        default=None, help="Steps between k-NN evaluations; needs labels. 0 switches them off. Default: off."
+    )
     eval_split: str | None = HfArg(
         default=None,
         help="Split whose images k-NN classifies by those of the train split. Default: test, else validation; if "
@@ -185,6 +256,9 @@ class TrainingArguments(AugmentationArguments):
     dry_run: bool = HfArg(
         default=False, help="Print settings, schedule, parameters and memory of the run instead of starting it."
     )
+    dry_run_processes: int | None = HfArg(
+        default=None, help="With dry_run, processes of the machine that the run is meant for. Default: those started."
+    )
     push_to_hub: bool = HfArg(default=False, help="Upload the finished run, without its checkpoints, to the Hub.")
     hub_model_id: str | None = HfArg(default=None, help="Name on the Hub, as user/model.")
     hub_private_repo: bool = HfArg(default=False, help="Make the repository private, if it is new.")
@@ -196,6 +270,8 @@ class TrainingArguments(AugmentationArguments):
             if getattr(self, name) is None:
                 raise ValueError(f"{name} must be given")
         names = [field.name for field in dataclasses.fields(self)]
+        if self.dry_run_processes and not self.dry_run:
+            raise ValueError(f"dry_run_processes is for --dry_run alone, got {self.dry_run_processes}. Add --dry_run.")
         for name in self.allow_changed:
             if name not in (*names, "data", "mixed_precision"):  # the images themselves; the launcher's
                 raise ValueError(f"allow_changed: there is no setting {name}{nearest(name, names)}")
@@ -218,14 +294,14 @@ class TrainingArguments(AugmentationArguments):
         if not 0 < self.stream_timeout <= 1e6:
             raise ValueError(f"stream_timeout must be above 0 and at most 1e6 seconds, got {self.stream_timeout}")
         for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-                     "num_examples", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
-                     "max_eval_samples", "per_device_eval_batch_size"):  # fmt: skip
+                     "num_examples", "save_total_limit", "logging_steps", "max_eval_samples",
+                     "per_device_eval_batch_size", "dry_run_processes"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_workers", "freeze_backbone_steps", "warmup_epochs", "freeze_last_layer_epochs",
-                     "warmup_teacher_temp_epochs", "seed", "weight_decay", "weight_decay_end", "clip_grad",
-                     "base_learning_rate", "min_learning_rate", "patch_embed_lr_multiplier",
-                     "koleo_weight"):  # fmt: skip
+        for name in ("num_workers", "save_steps", "eval_steps", "freeze_backbone_steps", "warmup_epochs",
+                     "freeze_last_layer_epochs", "warmup_teacher_temp_epochs", "seed", "weight_decay",
+                     "weight_decay_end", "clip_grad", "base_learning_rate", "min_learning_rate",
+                     "patch_embed_lr_multiplier", "koleo_weight"):  # fmt: skip
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:  # so that nan is none
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if self.num_workers > MAX_WORKERS:
@@ -253,8 +329,16 @@ class TrainingArguments(AugmentationArguments):
         return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text, unless there is none or the text says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_said = action.default in (None, []) or "Default:" in action.help or "Required." in action.help
+        return action.help if is_said else super()._get_help_string(action)
+
+
 class _TrainingParser(OneLineErrors, HfArgumentParser):
-    pass
+    synonyms = SYNONYMS
 
 
 def _yaml_flags(path: Path) -> list[str]:
@@ -270,7 +354,7 @@ def _yaml_flags(path: Path) -> list[str]:
     flags = []
     for key, value in recipe.items():
         if key not in names:
-            raise ValueError(f"{path}: there is no setting {key}{nearest(str(key), names)}")
+            raise ValueError(f"{path}: there is no setting {key}{meant(str(key), names, SYNONYMS)}")
         if value is None or (key == "config_overrides" and not value):
             continue
         if key == "config_overrides" and isinstance(value, dict):
@@ -292,7 +376,9 @@ def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArgume
         SystemExit: with code 2 and one line on stderr, for an unknown flag or a value of the wrong type.
     """
     description = "Pretrain a vision model by DINO on unlabelled images."
-    parser = _TrainingParser(TrainingArguments, prog=prog, description=description, allow_abbrev=False)
+    parser = _TrainingParser(
+        TrainingArguments, prog=prog, description=description, allow_abbrev=False, formatter_class=_Help
+    )
     parser.add_argument("--config", help="YAML of settings: a path, or a name in configs.")
     parser.add_argument("--debug", action="store_true", help="Show a traceback instead of one line.")
     given, _ = parser.parse_known_args(argv)

@@ -30,6 +30,7 @@ from modeling_dino.command_line import check_files, one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 from modeling_dino.convert_dino_checkpoint import read_pickle
 from modeling_dino.image_processing_dino import DINOImageProcessor
+from modeling_dino.modeling_dino import DINOEmbeddings
 
 from .agreement import Agreement
 from .arguments import TrainingArguments
@@ -284,7 +285,7 @@ _ABOUT_THE_RUN = {
     *("save_steps", "save_total_limit", "logging_steps", "num_workers", "stream_timeout", "max_skipped_fraction"),
     *("eval_steps", "eval_split", "label_column", "eval_crop_pct", "max_eval_samples", "per_device_eval_batch_size"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "augmentation_device", "dry_run", "report_to"),
-    *("stop_on_collapse", "allow_unread", "max_image_pixels", "display_channels"),
+    *("stop_on_collapse", "allow_unread", "max_image_pixels", "display_channels", "dry_run_processes"),
     *("model_config", "config_overrides"),  # what they make is compared itself
     *("gradient_checkpointing", "tf32"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # of all processes together, see below
@@ -392,6 +393,43 @@ def _check_same_network(
         raise ValueError(f"{name} is another network: it has {changes}")
 
 
+def _has_both(folder: Path) -> bool:
+    return (folder / "student").is_dir() and (folder / "teacher").is_dir()
+
+
+def _find_model(name: str, which: str) -> tuple[Path | str, dict]:
+    """Return where the `student` or `teacher` of --init_from is, a folder or Hub id, and the fields of its config.
+
+    Raises:
+        ValueError: a model that is not there, or not one of ours.
+    """
+    folder = Path(name).expanduser()
+    if is_path(name) and not folder.exists():
+        raise ValueError(f"init_from: there is no folder {name}")
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; make a folder of it with dino-convert")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"init_from must be a folder or Hub id, got {name}. Choose a folder of weights.")
+    source = folder / which if _has_both(folder) else folder if folder.exists() else name
+    check_files(Path(source))
+    fields = PreTrainedConfig.get_config_dict(source)[0]
+    if fields.get("model_type") != DINOConfig.model_type:
+        raise ValueError(f"{source} is no model of ours; dino-convert makes one of it, if it is DINO's")
+    return source, {"image_size": DINOConfig.image_size} | fields
+
+
+def saved_config(checkpoint: Path | None, init_from: str | None) -> dict | None:
+    """Return the fields of the config of the weights that a run starts from; None for random ones."""
+    start = str(checkpoint) if checkpoint else init_from
+    return _find_model(start, "student")[1] if start else None
+
+
+@torch.no_grad()
+def _resample_positions_(embeddings: DINOEmbeddings, grid_size: tuple[int, int]) -> None:
+    """Store position embeddings for a grid of another size: those that the network computes for such images."""
+    embeddings.position_embeddings = torch.nn.Parameter(embeddings.interpolate_pos_encoding(*grid_size).clone())
+
+
 def load_initial_weights(
     name: str, student: DINOForPreTraining, teacher: DINOForPreTraining
 ) -> tuple[bool, torch.Tensor | None]:
@@ -399,7 +437,7 @@ def load_initial_weights(
 
     A checkpoint of ours, or what `dino-convert` makes of one of the original's, gives both networks and the centre.
     Any other model of ours, a folder or Hub id, gives both networks the same weights; if it is a backbone alone, their
-    heads start alike and anew.
+    heads start alike and anew. Position embeddings are resampled to the `image_size` of the networks.
 
     Returns:
         Whether there were heads, and the centre (1, out_dim) if there was one.
@@ -408,21 +446,10 @@ def load_initial_weights(
         ValueError: weights that are not there, or do not fit.
     """
     folder, center = Path(name).expanduser(), None
-    if is_path(name) and not folder.exists():
-        raise ValueError(f"init_from: there is no folder {name}")
-    if folder.is_file():
-        raise ValueError(f"{name} is a file; make a folder of it with dino-convert")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"init_from must be a folder or Hub id, got {name}. Choose a folder of weights.")
-    both = (folder / "student").is_dir() and (folder / "teacher").is_dir()
     for which, model in (("student", student), ("teacher", teacher)):
-        source = folder / which if both else folder if folder.exists() else name
-        check_files(Path(source))
-        fields = PreTrainedConfig.get_config_dict(source)[0]
-        if fields.get("model_type") != DINOConfig.model_type:
-            raise ValueError(f"{source} is no model of ours; dino-convert makes one of it, if it is DINO's")
+        source, fields = _find_model(name, which)
         check_depth(fields)
-        ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE
+        ignored = _ABOUT_THE_FILE | _ABOUT_ITS_USE | {"image_size"}
         _check_same_network(source, DINOConfig.from_pretrained(source), model.config, ignored, without_head=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # says nothing that the error does not
@@ -433,8 +460,10 @@ def load_initial_weights(
         without_head = bool(info["missing_keys"])
         if not without_head:
             _check_same_network(source, saved.config, model.config, ignored)
+        if model.config.backbone_config is None:
+            _resample_positions_(saved.dino.embeddings, model.dino.embeddings.grid_size)
         (model.dino if without_head else model).load_state_dict((saved.dino if without_head else saved).state_dict())
-    if both and (folder / "state.pt").is_file():
+    if _has_both(folder) and (folder / "state.pt").is_file():
         state = read_pickle(folder / "state.pt")
         center = state.get("center") if isinstance(state, dict) else None
         expected = (1, student.config.out_dim)

@@ -283,7 +283,8 @@ class CropLoader:
         if not self.is_map_style:
             self.num_images = args.num_examples or self.num_images
         self.num_accumulated = num_accumulated
-        self.global_batch_size = args.per_device_train_batch_size * PartialState().num_processes * num_accumulated
+        num_processes = args.dry_run_processes or PartialState().num_processes
+        self.global_batch_size = args.per_device_train_batch_size * num_processes * num_accumulated
         self.state = {"epoch": 0, "position": 0, "window": None}
         self.is_remote = not all(map(is_path, (args.dataset_name, *args.mix_with)))
         self.trouble = None  # what the network last failed with

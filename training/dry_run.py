@@ -1,6 +1,7 @@
 """What a run would be, told before it is one: `--dry_run`. Nothing here writes, deletes, or starts a worker.
 
-Memory that follows from the network is exact; that of its activations is an estimate, see `activation_bytes`.
+Memory that follows from the network is exact; that of its activations is an estimate, see `activation_bytes`. Time is
+that of a few steps on this device, see `measure_step`.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from evaluation.images import is_path
@@ -21,6 +23,7 @@ from .augmentation import NUM_GLOBAL_CROPS
 from .fused_loss import fused_cross_entropy
 from .gradient import student_passes
 from .schedules import Schedule
+from .speed import describe_device, measure_step
 
 
 NUM_MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # fp32 copies of the trained parameters that an optimiser keeps
@@ -40,7 +43,7 @@ def describe(
     num_images: int | None,
     checkpoint: Path | None,
 ) -> str:
-    """All that `--dry_run` prints, for a person: settings, data, schedule, parameters, memory per device."""
+    """All that `--dry_run` prints, for a person: settings, data, schedule, parameters, memory per device, time."""
     return "\n\n".join(
         [
             _settings(args),
@@ -48,6 +51,7 @@ def describe(
             _schedule(schedule),
             _parameters(student),
             _memory(args, student, accelerator),
+            _time(args, student, schedule, accelerator),
             "Dry run: nothing was trained or written.",
         ]
     )
@@ -95,8 +99,9 @@ def _data(
     num_images: int | None,
     checkpoint: Path | None,
 ) -> str:
+    num_processes = args.dry_run_processes or accelerator.num_processes
     factors = [
-        (accelerator.num_processes, "processes" if accelerator.num_processes > 1 else "process"),
+        (num_processes, "processes" if num_processes > 1 else "process"),
         (args.per_device_train_batch_size, "images"),
     ]
     if accelerator.gradient_accumulation_steps > 1:
@@ -224,7 +229,7 @@ def activation_bytes(args: TrainingArguments, student: DINOForPreTraining, is_mi
 
 
 def _memory(args: TrainingArguments, student: DINOForPreTraining, accelerator: Accelerator) -> str:
-    num_processes = accelerator.num_processes
+    num_processes = args.dry_run_processes or accelerator.num_processes
     if accelerator.is_fsdp2:  # every process has its share
         whole = state_bytes(student, 1, args.optimizer)
         parts = {f"{name}, shared out": size // num_processes for name, size in whole.items()}
@@ -237,3 +242,25 @@ def _memory(args: TrainingArguments, student: DINOForPreTraining, accelerator: A
     rows = [(name, f"{number / 2**30:8.3f} GiB") for name, number in rows]
     note = "  Activations are what a batch keeps for its backward pass; kernels and the allocator take more."
     return "\n".join(["Memory per device", *_columns(rows), note])
+
+
+def _time(args: TrainingArguments, student: DINOForPreTraining, schedule: Schedule, accelerator: Accelerator) -> str:
+    """Time by a few steps on this device, whatever machine the rest is about."""
+    step = measure_step(args, student, accelerator)
+    if step is None:
+        return "Time\n  Not measured: a step of two images does not fit the memory of this device."
+    measured = f"steps of at most {step.num_measured} of {args.per_device_train_batch_size} images"
+    hours = step.seconds / 3600
+    rows = [
+        ("device", describe_device(accelerator)),
+        ("measured", measured if step.num_measured < args.per_device_train_batch_size else "whole steps"),
+        ("a step", f"{step.seconds:.3g} s for {step.num_images} images of a process"),
+        ("an epoch", f"{hours * schedule.steps_per_epoch:,.2f} hours"),
+        ("all steps", f"{hours * schedule.num_steps:,.2f} hours"),
+    ]
+    notes = ["  Networks and optimizer alone: reading images comes on top where it is slower."]
+    if (args.dry_run_processes or accelerator.num_processes) > 1:
+        notes.append("  As if each process had such a device; exchange between them comes on top.")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        notes.append("  Measured without torch.compile.")
+    return "\n".join(["Time, measured on this machine", *_columns(rows), *notes])

@@ -1,36 +1,43 @@
 """The networks of a run, by its settings: a student with random weights, and its teacher."""
 
 import copy
+import difflib
 import json
+import logging
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import CONFIG_MAPPING
 
 from modeling_dino import DINOConfig, DINOForPreTraining
-from modeling_dino.command_line import CONFIGS, find_config, nearest, one_line
+from modeling_dino.command_line import CONFIGS, find_config, meant, nearest, one_line
 from modeling_dino.configuration_dino import VIT_FIELDS
 
-from .arguments import TrainingArguments
+from .arguments import FIELD_SYNONYMS, TrainingArguments
 from .worker_memory import free_memory
 
 
 MAX_LAYERS = 10_000
 
+logger = logging.getLogger(__name__)
 
-def load_config(args: TrainingArguments) -> DINOConfig:
-    """The model's config: the JSON of --model_config with --config_overrides in it.
+
+def load_config(args: TrainingArguments, saved: dict | None = None) -> DINOConfig:
+    """Return the model's config: the JSON of --model_config with --config_overrides in it.
+
+    If neither names an `image_size`, it is that of the weights to start from, or the size of the global crops.
+
+    Args:
+        args: The run's settings.
+        saved: Fields of the config of the weights to start from, if there are any.
 
     Raises:
         ValueError: an unknown field (names the nearest one), a wrong type, or sizes that do not fit one another.
     """
-    path = find_config(args.model_config, CONFIGS / "models", ".json")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must map names of the config's fields to values, got a {type(fields).__name__}")
+    fields = read_fields(args.model_config)
     for override in args.config_overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -48,19 +55,23 @@ def load_config(args: TrainingArguments) -> DINOConfig:
     allowed = DINOConfig().to_dict()
     for name in fields:
         if name not in allowed:
-            raise ValueError(f"the model's config has no field {name}{nearest(name, allowed)}")
+            raise ValueError(f"the model's config has no field {name}{meant(name, allowed, FIELD_SYNONYMS)}")
     check_depth(fields)
+    is_vit = fields.get("backbone_config") is None
+    if "image_size" not in fields:
+        fields["image_size"] = saved["image_size"] if saved and is_vit else args.global_crop_size
+        patch_size = fields.get("patch_size", DINOConfig.patch_size)
+        if is_vit and isinstance(patch_size, int) and patch_size > 0:  # else DINOConfig finds it
+            check_crop_size("global_crop_size", args.global_crop_size, patch_size)
     try:
         config = DINOConfig(**fields)
     except StrictDataclassError as error:
         raise ValueError(f"model config: {error.__cause__ or error}") from error
-    if config.backbone_config is not None:
+    if is_vit:
+        check_crop_size("global_crop_size", args.global_crop_size, config.patch_size)
+        check_crop_size("local_crop_size", args.local_crop_size if args.num_local_crops else 0, config.patch_size)
+    else:
         check_backbone_config(fields)
-    for name in ("global_crop_size", "local_crop_size"):
-        size = getattr(args, name)
-        is_used = config.backbone_config is None and (name == "global_crop_size" or args.num_local_crops)
-        if is_used and size % config.patch_size:
-            raise ValueError(f"{name} must be a multiple of the patch size {config.patch_size}, got {size}")
     for name in ("image_mean", "image_std"):
         if len(getattr(args, name)) not in (1, config.num_channels):
             raise ValueError(
@@ -68,6 +79,76 @@ def load_config(args: TrainingArguments) -> DINOConfig:
                 f"{' '.join(map(str, getattr(args, name)))}. Give --image_mean 0.5 --image_std 0.25"
             )
     return config
+
+
+def check_crop_size(name: str, size: int, patch_size: int) -> None:
+    if size % patch_size:
+        raise ValueError(f"{name} must be a multiple of the patch size {patch_size}, got {size}")
+
+
+def read_fields(name: str) -> dict:
+    """Return the fields of --model_config: those of a JSON, or for `timm/NAME` a network of timm.
+
+    Raises:
+        ValueError: a name that is neither, answered with what would do; a file that is not such a JSON.
+        ImportError: a network of timm, which is not installed.
+    """
+    if name.startswith("timm/") and not Path(name).exists():
+        import timm
+
+        architecture = name.removeprefix("timm/")
+        if not timm.is_model(architecture):
+            close = " or ".join(f"timm/{each}" for each in difflib.get_close_matches(architecture, timm.list_models()))
+            answer = f". Did you mean {close}?" if close else ""
+            raise ValueError(f"model_config must be a network of timm, got {name}{answer}")
+        return {"backbone_config": {"model_type": "timm_wrapper", "architecture": architecture}}
+    try:
+        path = find_config(name, CONFIGS / "models", ".json")
+    except ValueError as error:
+        raise ValueError(f"model_config: {error}{_what_does(name)}") from None
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must map names of the config's fields to values, got a {type(fields).__name__}")
+    return fields
+
+
+def _what_does(name: str) -> str:
+    """Answer a name that is no config of ours but may be a network's elsewhere."""
+    if Path(name).is_dir():
+        return f". Give {Path(name) / 'config.json'}."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".json"):
+        return (
+            f". To start from weights on the Hub: dino-convert {name} FOLDER, then --init_from FOLDER --model_config "
+            "FOLDER/config.json."
+        )
+    same = [path.stem for path in sorted((CONFIGS / "models").glob("*.json")) if path.stem.startswith(f"{name}_")]
+    if same:
+        return f". Did you mean {' or '.join(same)}?"
+    with suppress(ImportError):
+        import timm
+
+        if timm.is_model(name):
+            return f". Did you mean timm/{name}?"
+    return "; timm/NAME is any network of timm"
+
+
+def warn_of_image_size(config: DINOConfig, args: TrainingArguments, is_resumed: bool) -> None:
+    """Warn if features will be taken of images of another size than the network is trained on."""
+    if config.image_height_and_width == (args.global_crop_size,) * 2:
+        return
+    remedy = " Leave out image_size, and it follows the crops."
+    if is_resumed:
+        remedy = ""
+    elif args.init_from:
+        remedy = f" --config_overrides image_size={args.global_crop_size} resamples the position embeddings."
+    logger.warning(
+        "image_size is %s and global_crop_size %s: k-NN and the image processor take the one size, and training the "
+        "other, which costs accuracy.%s",
+        config.image_size, args.global_crop_size, remedy,
+    )  # fmt: skip
 
 
 def check_depth(fields: dict) -> None:

@@ -110,9 +110,9 @@ def write_card(
         "teacher": f"momentum {args.momentum_teacher:g} to 1, temperature {args.warmup_teacher_temp:g} to "
         f"{args.teacher_temp:g}",
         "start": start,
-        "loss at the end": f"{losses[-1]:.3f}",
+        "loss at the end": f"{losses[-1]:.3f}" if losses else "",  # a finished run, resumed elsewhere, has none
     }
-    has_curves = (Path(args.output_dir) / "figures/curves.png").is_file()
+    has_curves = losses and (Path(args.output_dir) / "figures/curves.png").is_file()
     curves = "![Loss, teacher entropy and target information over the steps](figures/curves.png)" if has_curves else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     data = ModelCardData(

@@ -13,21 +13,16 @@ from .arguments import TrainingArguments
 from .augmentation import NUM_GLOBAL_CROPS
 from .log import say
 from .schedules import Schedule
+from .speed import describe_device
 
 
 MAX_CPU_HOURS = 3  # of a run on a CPU, above which there is a warning
 logger = logging.getLogger(__name__)
 
 
-def describe_device(accelerator: Accelerator) -> str:
+def describe_processes(accelerator: Accelerator) -> str:
     """Return a line on the processes, their device and their precision."""
-    device = accelerator.device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type.upper()} with {count(torch.get_num_threads(), 'thread')}"
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    return f"Device: {count(accelerator.num_processes, 'process', 'processes')} on {name}, {precision}"
+    return f"Device: {count(accelerator.num_processes, 'process', 'processes')} on {describe_device(accelerator)}"
 
 
 def describe_run(

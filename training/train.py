@@ -32,6 +32,7 @@ from .checkpoint import (
     load_progress,
     save_checkpoint,
     saved_arguments,
+    saved_config,
     saved_value_types,
     set_later_checkpoints_aside,
 )
@@ -46,7 +47,7 @@ from .knn_evaluation import KNNEvaluation
 from .launcher import make_accelerator
 from .log import RunLog, quiet_libraries, say
 from .monitor import Monitor, draw_crops
-from .networks import load_config, make_student, make_teacher
+from .networks import load_config, make_student, make_teacher, warn_of_image_size
 from .optim import (
     clip_gradients_,
     drop_gradients,
@@ -58,7 +59,7 @@ from .publish import check_hub_settings, publish, upload, usage, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import whole_network
 from .signals import student_teacher_distance
-from .start import describe_device, describe_run, estimate_seconds, say_time
+from .start import describe_processes, describe_run, estimate_seconds, say_time
 from .state import TrainingState, prepare_state, random_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
@@ -205,7 +206,7 @@ def _train(
     config = load_config(args)
     speaks = accelerator.is_main_process and not args.dry_run
     if speaks:
-        say(describe_device(accelerator))
+        say(describe_processes(accelerator))
     num_accumulated = accelerator.gradient_accumulation_steps
     data_args = without_downloads(args) if args.dry_run else args
     loader = CropLoader(data_args, config.num_channels, num_accumulated)
@@ -222,6 +223,7 @@ def _train(
         args = resolved(args, eval_split=evaluate.split_names[-1])
     data = identify_data(args, loader.lengths)
     checkpoint = choose_start(args, output_dir, global_batch_size, data)
+    config = load_config(args, saved_config(checkpoint, args.init_from))  # with the size that its weights have
     is_resumed = checkpoint is not None and is_of_folder(checkpoint, output_dir)
     folder.check_idle(args, is_resumed)
     set_seed(args.seed)
@@ -237,6 +239,7 @@ def _train(
         if not has_heads and args.freeze_backbone_steps is None:
             args = resolved(args, freeze_backbone_steps=steps_per_epoch)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
+    warn_of_image_size(config, args, checkpoint is not None)
     if args.gradient_checkpointing:
         try:
             # older versions of transformers know the second name alone
@@ -245,6 +248,8 @@ def _train(
         except ValueError as error:
             kind = config.backbone_config.model_type
             raise ValueError(f"gradient_checkpointing: a {kind} cannot, leave it out") from error
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     if args.dry_run:
         if accelerator.is_main_process:
             print(
@@ -258,8 +263,6 @@ def _train(
     step_seconds = None
     if speaks and accelerator.device.type == "cpu":
         step_seconds = estimate_seconds(args, student, accelerator.mixed_precision != "no") * num_accumulated
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.tf32
     state = prepare_state(accelerator, args, student, teacher)
     if center is not None:
         state.dino_loss.center.copy_(center)
@@ -358,6 +361,7 @@ def _train(
         interruption.end_within(20, "its end took too long, and all is saved", Interrupted.exit_code)
         raise Interrupted(how)
 
+    save_every = steps_per_epoch if args.save_steps is None else args.save_steps or num_steps
     saved_step, whole_step, data_state = first_step, first_step, loader.state_dict()
 
     def save(step: int, among: Agreement = agreement) -> None:
@@ -380,8 +384,9 @@ def _train(
         if state.is_whole and accelerator.is_main_process and not accelerator.is_fsdp2:
             save(whole_step, Agreement(None))
 
-    if evaluate and not first_step:
-        run_evaluation(0)
+    is_done_elsewhere = first_step == num_steps and not is_resumed
+    if evaluate and (first_step == 0 or is_done_elsewhere):
+        run_evaluation(first_step)
     student.train()
     faults_explained = explained(accelerator, args, lambda step: schedule(step).learning_rate, loader.describe)
 
@@ -420,9 +425,7 @@ def _train(
                 guard.settle()
                 monitor.show_first(done, state.signals.read(accelerator), accelerator.device.type == "cpu")
             is_last = done == num_steps
-            log_now, save_now = (
-                is_last or done % every == 0 for every in (args.logging_steps, args.save_steps or steps_per_epoch)
-            )
+            log_now, save_now = (is_last or done % every == 0 for every in (args.logging_steps, save_every))
             num_seen, skipped = (done - first_step) * global_batch_size, Counter()
             if log_now:
                 guard.settle()
