@@ -250,6 +250,8 @@ def _time(args: TrainingArguments, student: DINOForPreTraining, schedule: Schedu
     if step is None:
         return "Time\n  Not measured: a step of two images does not fit the memory of this device."
     measured = f"steps of at most {step.num_measured} of {args.per_device_train_batch_size} images"
+    if step.num_too_many:
+        measured += f"; {step.num_too_many} do not fit the memory"
     hours = step.seconds / 3600
     rows = [
         ("device", describe_device(accelerator)),
