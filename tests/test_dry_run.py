@@ -314,6 +314,20 @@ def test_measured_step_computes_what_a_training_step_does(settings):
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
+def test_batch_that_does_not_fit_the_memory_is_said(monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+    def step(noise) -> tuple[float, float]:
+        if len(noise.crops[0]) > 2 * 4:
+            raise torch.OutOfMemoryError
+        return 1.0, 0.5
+
+    monkeypatch.setattr(speed, "_make_step", lambda *_: step)
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    train_from_command_line(list(map(str, argv)))
+    rows = dict(row for row in section(capsys.readouterr().out, "Time, measured on this machine") if len(row) == 2)
+    assert rows["measured"] == "steps of at most 4 of 8 images; 8 do not fit the memory"
+    assert rows["a step"] == "2.5 s for 8 images of a process"
+
+
 def test_step_that_does_not_fit_the_memory_is_said(monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
     def out_of_memory(*_):
         raise torch.OutOfMemoryError

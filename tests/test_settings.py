@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_names_of_other_programs_are_answered(name, tmp_path, capsys):
         return
     message = answer(train_from_command_line, (f"--{name}", "1", *DATA), capsys)
     message = message.partition(f"there is no option --{name}")[2]
-    assert expected in proposed(message), message
+    assert expected in proposed(message) and "; there are " not in message, message
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({name: 1}))
     message = answer(train_from_command_line, ("--config", tmp_path / "r.yaml", *DATA), capsys)
     assert expected.removeprefix("config_overrides ") in message.partition(f"there is no setting {name}")[2]
@@ -257,9 +258,15 @@ def test_names_of_the_original_evaluations_are_answered(protocol, name, protocol
     expected = EVALUATIONS[protocol, name]
     message = answer(evaluate_from_command_line, (protocol, f"--{name}", "1", "--model", "m"), capsys)
     message = message.partition(f"there is no option --{name}")[2]
-    assert f"--{expected}" in re.findall(r"--\w+", message), message
+    assert f"--{expected}" in re.findall(r"--\w+", message) and "; there are " not in message, message
     elsewhere = {"key", "num_processes", "mixed_precision"}  # of dino-convert and the launcher
     assert expected in elsewhere or f"--{expected}" in protocols[protocol]
+
+
+def test_every_synonym_of_evaluations_names_an_option(protocols):
+    options = {option for command in protocols.values() for option in command}
+    for name, meaning in EvaluationParser.synonyms.items():
+        assert all(" " in each or f"--{each}" in options for each in meaning.split("|")), name
 
 
 # --------------------------------------------------------------------------------------------------- model_config
@@ -282,6 +289,14 @@ def test_model_config_that_is_not_ours_is_answered(name, message, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").mkdir()
     assert message in answer(train_from_command_line, ("--model_config", name, *DATA), capsys)
+
+
+def test_network_of_timm_without_timm_is_answered(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    message = answer(train_from_command_line, ("--model_config", "timm/resnet18", *DATA), capsys)
+    assert "model_config timm/resnet18 needs timm. Install it: pip install timm." in message
+    message = answer(train_from_command_line, ("--model_config", "resnet18", *DATA), capsys)
+    assert message.endswith("; timm/NAME is any network of timm")
 
 
 def test_network_of_timm_is_trained_by_its_name(recipe, parquet_folder, tmp_path):  # noqa: F811

@@ -250,13 +250,14 @@ def _time(args: TrainingArguments, student: DINOForPreTraining, schedule: Schedu
     if step is None:
         return "Time\n  Not measured: a step of two images does not fit the memory of this device."
     measured = f"steps of at most {step.num_measured} of {args.per_device_train_batch_size} images"
-    hours = step.seconds / 3600
+    if step.num_too_many:
+        measured += f"; {step.num_too_many} do not fit the memory"
     rows = [
         ("device", describe_device(accelerator)),
         ("measured", measured if step.num_measured < args.per_device_train_batch_size else "whole steps"),
         ("a step", f"{step.seconds:.3g} s for {step.num_images} images of a process"),
-        ("an epoch", f"{hours * schedule.steps_per_epoch:,.2f} hours"),
-        ("all steps", f"{hours * schedule.num_steps:,.2f} hours"),
+        ("an epoch", _duration(step.seconds * schedule.steps_per_epoch)),
+        ("all steps", _duration(step.seconds * schedule.num_steps)),
     ]
     notes = ["  Networks and optimizer alone: reading images comes on top where it is slower."]
     if (args.dry_run_processes or accelerator.num_processes) > 1:
@@ -264,3 +265,7 @@ def _time(args: TrainingArguments, student: DINOForPreTraining, schedule: Schedu
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         notes.append("  Measured without torch.compile.")
     return "\n".join(["Time, measured on this machine", *_columns(rows), *notes])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

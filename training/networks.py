@@ -94,8 +94,10 @@ def read_fields(name: str) -> dict:
         ImportError: a network of timm, which is not installed.
     """
     if name.startswith("timm/") and not Path(name).exists():
-        import timm
-
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(f"model_config {name} needs timm. Install it: pip install timm.") from error
         architecture = name.removeprefix("timm/")
         if not timm.is_model(architecture):
             close = " or ".join(f"timm/{each}" for each in difflib.get_close_matches(architecture, timm.list_models()))

@@ -22,11 +22,19 @@ from .optim import clip_gradients_, gradient_norms, make_optimizer, update_teach
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step of one process, and of how many images the largest measured one was."""
+    """How long a step of one process takes.
+
+    Attributes:
+        seconds: Of a step of `num_images`.
+        num_images: Of all accumulated batches.
+        num_measured: Of the largest batch that was measured.
+        num_too_many: Of a batch that did not fit the memory, if there was one.
+    """
 
     seconds: float
     num_images: int
     num_measured: int
+    num_too_many: int | None = None
 
 
 def describe_device(accelerator: Accelerator) -> str:
@@ -60,7 +68,7 @@ def measure_step(
     """
     end = time.perf_counter() + seconds
     device, batch_size = accelerator.device, args.per_device_train_batch_size
-    took, num_images = {}, min(2, batch_size)  # seconds of passes and update
+    took, num_images, num_too_many = {}, min(2, batch_size), None  # `took`: seconds of passes and update
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             step = _make_step(args, student, accelerator)
@@ -73,12 +81,17 @@ def measure_step(
                 if time.perf_counter() + 6 * sum(took[num_images]) < end:
                     num_images = min(2 * num_images, batch_size)
         except torch.OutOfMemoryError:
-            if not took:
-                return None
+            num_too_many = num_images
+    step = batch = None  # with the networks that it holds
+    if device.type == "cuda":  # a run that follows shall find the device as it was
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    if not took:
+        return None
     measured = max(took)
     passes, update = took[measured]
     num_images = batch_size * accelerator.gradient_accumulation_steps
-    return StepTime(passes * num_images / measured + update, num_images, measured)
+    return StepTime(passes * num_images / measured + update, num_images, measured, num_too_many)
 
 
 def _noise(args: TrainingArguments, num_channels: int, num_images: int) -> CropBatch:
