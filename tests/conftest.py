@@ -9,12 +9,24 @@ os.environ["OMP_NUM_THREADS"] = "1"  # sums then come out the same in every proc
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PillowImage
 
 
 def noise(rng: np.random.Generator, side: int = 24) -> PillowImage.Image:
     return PillowImage.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def accelerate_restored():
+    """Undo what transformers' Trainer leaves in Accelerate's state, such as bf16, and in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,8 @@ ACCOUNT = (
 def test_run_begins_with_the_account_of_its_folder(recipe, photos, tmp_path):  # noqa: F811
     argv = ("--config", recipe, "--dataset_name", photos, "--output_dir", tmp_path / "run", *SHORT)
     said = trained(*argv)
-    assert said.startswith(f"{photos}: {ACCOUNT}")
+    device, account, *_ = said.splitlines(keepends=True)
+    assert device.startswith("Device: ") and account == f"{photos}: {ACCOUNT}"
     assert ACCOUNT.strip() in (tmp_path / "run/train.log").read_text()
     assert f"{photos}: {ACCOUNT}" in trained(*argv, "--dry_run", "--output_dir", tmp_path / "dry")
     found = command("knn", "--model", tmp_path / "run", "--dataset_name", photos, "--k", "3", module="evaluation")

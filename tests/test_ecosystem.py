@@ -22,6 +22,9 @@ from transformers import (
 from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
 
 
+pytestmark = pytest.mark.usefixtures("accelerate_restored")
+
+
 def make_config(**fields) -> DINOConfig:
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     return DINOConfig(**sizes, out_dim=32, head_hidden_dim=32, head_bottleneck_dim=16, **fields)

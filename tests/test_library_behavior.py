@@ -13,6 +13,7 @@ from training.loss import DINOLoss
 from .original import tiny_config
 
 
+pytestmark = pytest.mark.usefixtures("accelerate_restored")
 CLASSES = [DINOModel, DINOForPreTraining, DINOForImageClassification, DINOBackbone]
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 

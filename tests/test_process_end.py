@@ -103,6 +103,7 @@ def test_signal_while_libraries_are_imported_ends_the_command(recipe, parquet_fo
     signals = Path(f"/proc/{running.pid}/status")
     caught = 0
     while not caught & 1 << (signal.SIGHUP - 1):  # is not yet, in a Python that has just started
+        assert running.poll() is None
         [line] = [line for line in signals.read_text().splitlines() if line.startswith("SigCgt")]
         caught = int(line.split()[1], 16)
     os.killpg(running.pid, signal.SIGINT)

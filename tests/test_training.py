@@ -432,7 +432,13 @@ def test_knn_command_measures_a_stock_vit_and_its_baselines(run, parquet_folder,
 
 
 def test_attention_command_draws_every_image_and_head(run, parquet_folder, tmp_path):
-    argv = ("attention", "--model", run[0], "--dataset_name", parquet_folder, "--num_images", "3")
-    trained(*argv, "--output", tmp_path / "attention.png", module="evaluation")
-    with Image.open(tmp_path / "attention.png") as picture:
-        assert picture.width / picture.height == pytest.approx((1.3 * 4) / (1.3 * 3 + 0.25), rel=0.02)
+    sizes = []
+    for num_images in (1, 3):
+        argv = ("attention", "--model", run[0], "--dataset_name", parquet_folder, "--num_images", num_images)
+        trained(*argv, "--output", tmp_path / f"{num_images}.png", module="evaluation")
+        with Image.open(tmp_path / f"{num_images}.png") as picture:
+            sizes.append(picture.size)
+    (width, height), (same_width, larger_height) = sizes
+    side = 1.3 * 150  # pixels of a panel
+    assert width == pytest.approx(4 * side, rel=0.1) and same_width == pytest.approx(width, rel=0.05)
+    assert larger_height - height == pytest.approx(2 * side, rel=0.05)
