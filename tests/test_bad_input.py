@@ -218,6 +218,7 @@ def test_damaged_data_is_named(recipe, flat_folder, tmp_path, out, capsys):
     Dataset.from_dict({"image": [str(flat_folder / "0.png")] * 8}).cast_column("image", ImageColumn()).save_to_disk(
         tmp_path / "saved"
     )
+    capsys.readouterr()  # the progress bar of datasets
     state = json.loads((tmp_path / "saved/state.json").read_text())
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     for name, reason in (("_fingerprint", "KeyError: '_fingerprint'"), ("_data_files", "KeyError: '_data_files'")):
