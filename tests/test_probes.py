@@ -419,4 +419,4 @@ def test_two_processes_find_what_one_finds(model, small_folder, tmp_path):
     assert finished.returncode == 0, finished.stderr
     (two,) = json.loads((tmp_path / "two.json").read_text())
     assert two["values"] == pytest.approx(one["values"]) and two["intervals"] == one["intervals"]
-    assert finished.stdout.count("logistic_2_shot ") == 1
+    assert finished.stdout.count("in percent, 95 % interval") == 1  # of one table
