@@ -563,7 +563,8 @@ class DINOForImageClassification(DINOPreTrainedModel):
                 )
             num_features *= config.n_last_blocks + config.avgpool_patchtokens
         self.classifier = DINOClassifier(num_features, config.num_labels)
-        self.backbone_modules = list(self.dino.modules())  # without those that PEFT will add to them
+        # without those that PEFT will add
+        self.backbone_names = {name for name, _ in (*self.dino.named_modules(), *self.dino.named_parameters())}
         self.post_init()
         self.train(self.training)
 
@@ -574,11 +575,18 @@ class DINOForImageClassification(DINOPreTrainedModel):
         """
         super().train(mode)
         if self.config.freeze_backbone:
-            for module in self.backbone_modules:
-                module.training = False
-                for parameter in module.parameters(recurse=False):
+            for name, module in self.dino.named_modules():
+                if self._is_of_backbone(name):
+                    module.training = False
+            for name, parameter in self.dino.named_parameters():
+                if self._is_of_backbone(name):
                     parameter.requires_grad_(False)
         return self
+
+    def _is_of_backbone(self, name: str) -> bool:
+        """Return whether a module or parameter is the backbone's own, also where PEFT or a compiler wraps it."""
+        parts = [part for part in name.split(".") if part not in ("base_layer", "_orig_mod")]
+        return ".".join(parts) in self.backbone_names
 
     def features(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return what the classifier sees of the tokens after the last `n_last_blocks` blocks, (batch, in_features).

@@ -157,6 +157,15 @@ def test_adapters_in_a_frozen_backbone_train(use_dora):
     assert torch.equal(merged["dino.layers.0.mlp.fc1.weight"], before["dino.layers.0.mlp.fc1.weight"])
 
 
+def test_replaced_modules_of_a_frozen_backbone_stay_frozen():
+    config = DINOConfig(backbone_config=RESNET, freeze_backbone=True)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(DINOForImageClassification(config)).train()
+    assert model.classifier.training and not any(module.training for module in model.dino.modules())
+    model.dino = DINOModel(config)
+    trained = {name for name, parameter in model.train().named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
+
+
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
 def test_accumulated_losses_of_trainer_equal_those_of_one_batch(tmp_path, problem_type):
     rng = torch.Generator().manual_seed(1)
