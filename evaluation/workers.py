@@ -111,8 +111,10 @@ def _sigchld_kept() -> Iterator[None]:
 
 def _explain_lost(workers: list, patience: float) -> str | None:
     """Return how a worker has ended that should not have; None if all remain for `patience` seconds."""
-    wait([worker.sentinel for worker in workers], patience)  # for one that has just been killed
+    ready = wait([worker.sentinel for worker in workers], patience)  # for one that has just been killed
     for worker in workers:
+        if worker.sentinel in ready:
+            worker.join(5)  # its files are closed a moment before it has an exit code
         if worker.exitcode is not None and worker.exitcode < 0:
             name = signal.Signals(-worker.exitcode).name
             return f"a data loader worker (process {worker.pid}) was killed by {name}{_HINTS.get(name, '')}"
