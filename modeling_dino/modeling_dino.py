@@ -74,9 +74,10 @@ def _resample_in_export(grid: torch.Tensor, height: int, width: int, offset: flo
     scale a constant of the program. The size that is stored has no offset.
     """
     rows, columns = grid.shape[-2:]
-    num_rows, num_columns = torch.scalar_tensor(height), torch.scalar_tensor(width)
+    # in fp32 whatever the default dtype is, in which numbers and arange would be rounded
+    num_rows, num_columns = (torch.scalar_tensor(size, dtype=torch.float32) for size in (height, width))
     is_stored = (num_rows == rows) & (num_columns == columns)
-    offset = torch.where(is_stored, 0.0, offset)
+    offset = torch.full_like(num_rows, offset).masked_fill(is_stored, 0.0)
     grid = nn.functional.pad(grid, (2, 2, 2, 2), mode="replicate")
     by_row = _bicubic_weights(height, rows, (num_rows + offset) / rows).to(grid.device)
     by_column = _bicubic_weights(width, columns, (num_columns + offset) / columns).to(grid.device)
@@ -86,7 +87,7 @@ def _resample_in_export(grid: torch.Tensor, height: int, width: int, offset: flo
 def _bicubic_weights(size: int, num_stored: int, scale: torch.Tensor) -> torch.Tensor:
     """Return each of `size` rows as a sum of `num_stored` and two more on either side: (size, num_stored + 4)."""
     a = -0.75  # of PyTorch's cubic convolution
-    row = (torch.arange(size) + 0.5) / scale - 0.5
+    row = (torch.arange(size, dtype=torch.float32) + 0.5) / scale - 0.5
     distance = (row[:, None] - torch.arange(-2, num_stored + 2)).abs()
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((distance - 5) * distance + 8) * distance * a - 4 * a

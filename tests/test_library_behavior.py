@@ -114,6 +114,25 @@ def test_exported_models_take_any_size(model_class, position_interpolation):
                 torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_export_resamples_in_fp32_whatever_the_default_dtype(dtype):
+    config = tiny_config(image_size=224)
+    model = DINOModel(config).eval()
+    nn.init.normal_(model.embeddings.position_embeddings)
+    dynamic, small = torch.export.Dim.DYNAMIC, images(2, 40, 56)
+    shapes = {"pixel_values": {0: dynamic, 2: dynamic, 3: dynamic}}
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.no_grad():
+            program = torch.export.export(model, (), {"pixel_values": small}, dynamic_shapes=shapes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pixel_values = images(1, 8 * 37, 8 * 41)
+    with torch.no_grad():
+        found, expected = program.module()(pixel_values=pixel_values)[0], model(pixel_values)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_crops", [0, 1])
 def test_loss_of_less_than_two_crops_is_refused(num_crops):
     dino_loss, logits = DINOLoss(8), torch.randn(max(num_crops, 1) * 2, 8)
