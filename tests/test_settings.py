@@ -108,6 +108,22 @@ def test_resumed_run_keeps_the_size_of_its_checkpoint(followed, unsized, parquet
     assert [line["step"] for line in metrics(tmp_path)] == [4]
 
 
+@pytest.mark.parametrize("start", ["--resume_from_checkpoint", "--init_from"])
+def test_other_networks_keep_the_size_of_their_weights(start, parquet_folder, tmp_path):
+    """As of an earlier version, whose configs had 224 whatever the crops; only the image processor has the size."""
+    network = {"backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}}
+    (tmp_path / "small.json").write_text(json.dumps(network | {"out_dim": 8, "head_hidden_dim": 8}))
+    fields = {name: value for name, value in RECIPE.items() if name != "config_overrides"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(fields | {"model_config": str(tmp_path / "small.json")}))
+    argv = ("--config", tmp_path / "r.yaml", "--dataset_name", parquet_folder, "--max_steps", 2, "--save_steps", 1)
+    trained(*argv, "--output_dir", tmp_path / "earlier", "--config_overrides", "image_size=224")
+    finished = command(*argv, "--output_dir", tmp_path / "run", start, tmp_path / "earlier/checkpoints/step_0000001")
+    assert finished.returncode == 0 and MISMATCH.format(224, 16) in finished.stderr, finished.stderr
+    assert ("--config_overrides image_size=16 changes it." in finished.stderr) is (start == "--init_from")
+    assert json.loads((tmp_path / "run/config.json").read_text()).get("image_size", 224) == 224
+    assert processed_size(tmp_path / "run") == (224, 224)
+
+
 STILL = ("--max_steps", 1, "--base_learning_rate", 0, "--min_learning_rate", 0, "--momentum_teacher", 1)
 
 

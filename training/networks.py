@@ -59,7 +59,7 @@ def load_config(args: TrainingArguments, saved: dict | None = None) -> DINOConfi
     check_depth(fields)
     is_vit = fields.get("backbone_config") is None
     if "image_size" not in fields:
-        fields["image_size"] = saved["image_size"] if saved and is_vit else args.global_crop_size
+        fields["image_size"] = saved["image_size"] if saved else args.global_crop_size
         patch_size = fields.get("patch_size", DINOConfig.patch_size)
         if is_vit and isinstance(patch_size, int) and patch_size > 0:  # else DINOConfig finds it
             check_crop_size("global_crop_size", args.global_crop_size, patch_size)
@@ -145,7 +145,8 @@ def warn_of_image_size(config: DINOConfig, args: TrainingArguments, is_resumed: 
     if is_resumed:
         remedy = ""
     elif args.init_from:
-        remedy = f" --config_overrides image_size={args.global_crop_size} resamples the position embeddings."
+        effect = "resamples the position embeddings" if config.backbone_config is None else "changes it"
+        remedy = f" --config_overrides image_size={args.global_crop_size} {effect}."
     logger.warning(
         "image_size is %s and global_crop_size %s: k-NN and the image processor take the one size, and training the "
         "other, which costs accuracy.%s",
