@@ -83,7 +83,7 @@ class DINOConfig(BackboneConfigMixin, PreTrainedConfig):
             released for ViT-B, instead of following one another. Needs `n_last_blocks=1` and `avgpool_patchtokens`.
         freeze_backbone (`bool`, defaults to `False`):
             Whether training the classifier leaves the backbone as it is (linear probe), in evaluation mode and without
-            gradients, or trains all of it (fine-tuning).
+            gradients, or trains all of it (fine-tuning). [`DINOForImageClassification`] says how to thaw it later.
         out_features (`list[str]`, *optional*):
             Which of `stem`, `stage1`, ..., one a block, [`DINOBackbone`] returns. Default: the last.
         out_indices (`list[int]`, *optional*): The same by number; 0 is `stem`.

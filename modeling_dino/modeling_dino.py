@@ -547,6 +547,14 @@ class DINOForPreTraining(DINOPreTrainedModel):
     A linear classifier on DINO features: the paper's linear probe with `config.freeze_backbone`, fine-tuning without.
     It sees the CLS token of the last `config.n_last_blocks` blocks and, with `config.avgpool_patchtokens`, the mean of
     the last block's patch tokens; of another network by `config.backbone_config`, the pooled features.
+
+    To thaw a frozen backbone, before an optimizer or a Trainer takes the parameters:
+
+    ```python
+    model.config.freeze_backbone = False
+    model.dino.requires_grad_(True)
+    model.train()
+    ```
     """
 )
 class DINOForImageClassification(DINOPreTrainedModel):
@@ -572,12 +580,14 @@ class DINOForImageClassification(DINOPreTrainedModel):
     def train(self, mode: bool = True) -> "DINOForImageClassification":
         """Set the mode of all modules but a frozen backbone's, which stay in evaluation mode, and frozen.
 
-        `from_pretrained`, which makes every parameter trainable, ends here too. Adapters in a frozen backbone train.
+        `from_pretrained`, which makes every parameter trainable, ends here too. Adapters in a frozen backbone train,
+        and gradient checkpointing saves their memory: transformers checkpoints blocks in training mode alone. So
+        blocks follow `mode`. What is random in a block is a module inside, such as drop path, and stays off.
         """
         super().train(mode)
         if self.config.freeze_backbone:
             for name, module in self.dino.named_modules():
-                if self._is_of_backbone(name):
+                if self._is_of_backbone(name) and not isinstance(module, GradientCheckpointingLayer):
                     module.training = False
             for name, parameter in self.dino.named_parameters():
                 if self._is_of_backbone(name):

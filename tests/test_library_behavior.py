@@ -1,5 +1,7 @@
 """What transformers, PEFT, Trainer and torch expect of a model, of ours."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -174,6 +176,72 @@ def test_adapters_in_a_frozen_backbone_train(use_dora):
     merged = tuned.merge_and_unload().train().state_dict()
     assert not torch.equal(merged["dino.layers.0.attention.qkv.weight"], before["dino.layers.0.attention.qkv.weight"])
     assert torch.equal(merged["dino.layers.0.mlp.fc1.weight"], before["dino.layers.0.mlp.fc1.weight"])
+
+
+FROZEN_NETWORKS = {
+    "vit": {"drop_path_rate": 0.9},
+    "swin": {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 1], "drop_path_rate": 0.9},
+    "dinov2": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "drop_path_rate": 0.9},
+    "vit_of_transformers": {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                            "image_size": 32, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5},
+}  # fmt: skip
+ADAPTED = {"vit": "fc1", "swin": "query|q_proj", "dinov2": "fc1", "vit_of_transformers": "fc1"}
+
+
+def run_and_measure(model: nn.Module, **inputs):
+    """Return the output of a forward pass, and how many bytes autograd keeps for the backward pass."""
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(**inputs)
+    return output, sum(kept.values())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which peft reads
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # by the newest releases only
+@pytest.mark.parametrize("network", FROZEN_NETWORKS)
+def test_gradient_checkpointing_saves_memory_of_adapters_in_a_frozen_backbone(network):
+    """What autograd keeps shrinks; outputs and gradients are those without it, and nothing is dropped."""
+    peft = pytest.importorskip("peft", reason="peft is an optional package")
+    fields = FROZEN_NETWORKS[network]
+    if network != "vit":
+        fields = {"backbone_config": {"model_type": network} | fields}
+    torch.manual_seed(0)
+    model = DINOForImageClassification(tiny_config(num_labels=3, freeze_backbone=True, n_last_blocks=2, **fields))
+    config = peft.LoraConfig(target_modules=rf".*({ADAPTED[network]})", init_lora_weights=False)
+    tuned, kept, gradients, logits = peft.get_peft_model(model, config), [], [], []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        tuned.train()
+        output, num_bytes = run_and_measure(tuned, pixel_values=images(4), labels=torch.tensor([0, 2, 1, 1]))
+        output.loss.backward()
+        kept.append(num_bytes)
+        logits.append(output.logits)
+        gradients.append({name: p.grad for name, p in tuned.named_parameters() if p.requires_grad})
+        tuned.zero_grad()
+    assert kept[1] < 0.8 * kept[0]
+    with torch.no_grad():
+        expected = tuned.eval()(images(4)).logits
+    assert not any(module.training for module in tuned.modules())
+    for found in logits:
+        torch.testing.assert_close(found, expected)
+    assert gradients[0].keys() == gradients[1].keys() and all(gradient.any() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_frozen_backbone_is_thawed_as_its_docstring_says():
+    model = DINOForImageClassification(tiny_config(num_labels=3, freeze_backbone=True, n_last_blocks=2))
+    [code] = [part for part in DINOForImageClassification.__doc__.split("```")[1::2] if "freeze_backbone" in part]
+    exec(inspect.cleandoc(code.removeprefix("python")), {"model": model})
+    assert all(module.training for module in model.modules())
+    model(images(), labels=torch.tensor([0, 2])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_replaced_modules_of_a_frozen_backbone_stay_frozen():
