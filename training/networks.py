@@ -100,9 +100,13 @@ def read_fields(name: str) -> dict:
             raise ImportError(f"model_config {name} needs timm. Install it: pip install timm.") from error
         architecture = name.removeprefix("timm/")
         if not timm.is_model(architecture):
-            close = " or ".join(f"timm/{each}" for each in difflib.get_close_matches(architecture, timm.list_models()))
-            answer = f". Did you mean {close}?" if close else ""
-            raise ValueError(f"model_config must be a network of timm, got {name}{answer}")
+            known = timm.list_models()
+            longer = sorted((each for each in known if architecture and each.startswith(architecture)), key=len)
+            close = (longer + difflib.get_close_matches(architecture, known))[:3]
+            answer = f" Did you mean {' or '.join(f'timm/{each}' for each in dict.fromkeys(close))}?" if close else ""
+            raise ValueError(
+                f"model_config must be a network of timm, got {name}.{answer} timm.list_models() lists them all."
+            )
         return {"backbone_config": {"model_type": "timm_wrapper", "architecture": architecture}}
     try:
         path = find_config(name, CONFIGS / "models", ".json")
