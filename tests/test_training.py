@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_dino.convert_dino_checkpoint import convert
+from training import monitor
+from training.augmentation import CropBatch
 from training.monitor import draw_curves
 
 from .commands import command, trained
@@ -170,6 +173,19 @@ def test_no_image_is_drawn_twice(recipe, flat_folder, tmp_path):  # noqa: F811
         pixels = np.array(picture)[20:]
     rows = [pixels[top : top + 128] for top in range(0, len(pixels), 132)]
     assert len(rows) == 6 and len({row.tobytes() for row in rows}) == 6
+
+
+@pytest.mark.parametrize("knows_rows", [True, False])
+def test_as_many_images_are_compared_as_are_drawn(knows_rows, monkeypatch):
+    """Of a batch of hundreds, in which every other image is a repeated one."""
+    batch_size, compared = 512, []
+    pixels = torch.arange(batch_size // 2).repeat_interleave(2)
+    crops = (pixels[:, None, None, None] + torch.zeros(1, 3, 4, 4)).repeat(2, 1, 1, 1)
+    rows = SimpleNamespace(images=pixels.tolist()) if knows_rows else None
+    equal = torch.equal
+    monkeypatch.setattr(monitor.torch, "equal", lambda a, b: compared.append(0) or equal(a, b))
+    found = monitor._different_images(CropBatch([crops], None, images=rows), batch_size, 8)
+    assert found == [0, 2, 4, 6, 8, 10, 12, 14] and len(compared) <= 8 * 16
 
 
 def test_waiting_for_data_is_a_share_of_the_time(run):

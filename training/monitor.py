@@ -312,7 +312,7 @@ def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) 
     Small crops are enlarged, pixel by pixel, so that the titles fit.
     """
     batch_size, gap = len(batch.crops[0]) // NUM_GLOBAL_CROPS, 4
-    rows = _different_images(batch, batch_size)[:8]
+    rows = _different_images(batch, batch_size, 8)
     columns = []
     for crops in finish_crops(batch, "cpu", args):
         for seen in crops.split(batch_size):  # of the crop-major rows
@@ -337,12 +337,14 @@ def draw_crops(batch: CropBatch, args: AugmentationArguments, output_dir: Path) 
     return path
 
 
-def _different_images(batch: CropBatch, batch_size: int) -> list[int]:
-    """Return the rows of a batch without repeated images, as of those that replace broken ones."""
+def _different_images(batch: CropBatch, batch_size: int, most: int) -> list[int]:
+    """Return the first rows of a batch, `most` at most, without the repeated images that replace broken ones."""
     crops = [crops.unflatten(0, (-1, batch_size)) for crops in batch.crops]
-    indices = batch.images.images if batch.images else []  # rows of a stream come once
+    indices = batch.images.images if batch.images else [None] * batch_size  # rows of a stream come once
     rows = []
     for row in range(batch_size):
+        if len(rows) == most:
+            break
         is_repeated = any(
             all(torch.equal(of_size[:, row], of_size[:, before]) for of_size in crops)
             or (isinstance(indices[row], int) and indices[row] == indices[before])
