@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from training.dry_run import activation_bytes, find_origins, state_bytes
 from training.networks import load_config
 from training.optim import parameter_groups
 
-from .commands import command, trained
+from .commands import command, scripted, trained
 from .hub import Hub
 from .test_bad_input import answer
 from .test_hub import client
@@ -314,10 +315,26 @@ def test_measured_step_computes_what_a_training_step_does(settings):
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-def test_batch_that_does_not_fit_the_memory_is_said(monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+def fill_a_gpu():
+    raise torch.OutOfMemoryError
+
+
+def fill_the_host():
+    torch.empty(2**60, dtype=torch.uint8, device="cpu")  # a RuntimeError of the allocator
+
+
+def fill_the_host_by_numpy():
+    np.empty(2**60, np.uint8)
+
+
+FILLING = [fill_a_gpu, fill_the_host, fill_the_host_by_numpy]
+
+
+@pytest.mark.parametrize("fill", FILLING)
+def test_batch_that_does_not_fit_the_memory_is_said(fill, monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
     def step(noise) -> tuple[float, float]:
         if len(noise.crops[0]) > 2 * 4:
-            raise torch.OutOfMemoryError
+            fill()
         return 1.0, 0.5
 
     monkeypatch.setattr(speed, "_make_step", lambda *_: step)
@@ -328,11 +345,36 @@ def test_batch_that_does_not_fit_the_memory_is_said(monkeypatch, recipe, parquet
     assert rows["a step"] == "2.5 s for 8 images of a process"
 
 
-def test_step_that_does_not_fit_the_memory_is_said(monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(speed, "_make_step", out_of_memory)
+@pytest.mark.parametrize("fill", FILLING)
+def test_step_that_does_not_fit_the_memory_is_said(fill, monkeypatch, recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+    monkeypatch.setattr(speed, "_make_step", lambda *_: fill())
     argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
     train_from_command_line(list(map(str, argv)))
     assert "Not measured: a step of two images does not fit the memory" in capsys.readouterr().out
+
+
+def test_other_errors_of_a_measured_step_are_not_hidden(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(speed, "_make_step", fail)
+    args = TrainingArguments(dataset_name="x", output_dir="y")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        speed.measure_step(args, DINOForPreTraining(tiny()), Accelerator(cpu=True))
+
+
+KILLED = """
+import os
+from training import dry_run
+dry_run.measure_step = lambda *_: os.kill(os.getpid(), 9)  # as the kernel does where memory is full
+from training.__main__ import main
+main()
+"""
+
+
+def test_process_that_is_killed_while_it_measures_has_shown_the_rest(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    killed = scripted(KILLED, tmp_path, *argv)
+    assert killed.returncode == -9, killed.stderr
+    whole = trained(*argv)
+    assert killed.stdout and whole.startswith(killed.stdout.rstrip("\n") + "\n\nTime, measured")

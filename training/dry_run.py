@@ -6,6 +6,7 @@ that of a few steps on this device, see `measure_step`.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -42,19 +43,18 @@ def describe(
     accelerator: Accelerator,
     num_images: int | None,
     checkpoint: Path | None,
-) -> str:
-    """All that `--dry_run` prints, for a person: settings, data, schedule, parameters, memory per device, time."""
-    return "\n\n".join(
-        [
-            _settings(args),
-            _data(args, schedule, accelerator, num_images, checkpoint),
-            _schedule(schedule),
-            _parameters(student),
-            _memory(args, student, accelerator),
-            _time(args, student, schedule, accelerator),
-            "Dry run: nothing was trained or written.",
-        ]
-    )
+) -> Iterator[str]:
+    """Yield all that `--dry_run` prints, for a person: settings, data, schedule, parameters, memory per device, time.
+
+    Each section as soon as it is known: the last two run the network, for which the kernel may end the process.
+    """
+    yield _settings(args)
+    yield _data(args, schedule, accelerator, num_images, checkpoint)
+    yield _schedule(schedule)
+    yield _parameters(student)
+    yield _memory(args, student, accelerator)
+    yield _time(args, student, schedule, accelerator)
+    yield "Dry run: nothing was trained or written."
 
 
 def find_origins(args: TrainingArguments) -> dict[str, str]:

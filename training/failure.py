@@ -48,12 +48,17 @@ def rescued(save: Callable[[], None], kept: Callable[[], str]) -> Iterator[None]
         raise RunError(message) from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether this is what a GPU's or the host's allocator, or Python, raises where memory is full."""
+    is_of_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_of_host or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 def describe(error: Exception) -> str:
     """What happened, in words, and what helps."""
     if is_lost_process(error):
         return "another process of the run has ended"
-    is_allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_allocator:
+    if is_out_of_memory(error):
         return (
             f"out of memory ({one_line(error)}): lower --per_device_train_batch_size, raise "
             "--gradient_accumulation_steps as much, or give --gradient_checkpointing"

@@ -13,6 +13,7 @@ from modeling_dino import DINOForPreTraining
 
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate, finish_crops
+from .failure import is_out_of_memory
 from .fused_loss import fused_cross_entropy
 from .gradient import student_passes
 from .loss import DINOLoss
@@ -80,7 +81,9 @@ def measure_step(
                 # two steps of twice the images, the first of them slower
                 if time.perf_counter() + 6 * sum(took[num_images]) < end:
                     num_images = min(2 * num_images, batch_size)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             num_too_many = num_images
     step = batch = None  # with the networks that it holds
     if device.type == "cuda":  # a run that follows shall find the device as it was

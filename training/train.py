@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -252,11 +253,9 @@ def _train(
     torch.backends.cudnn.allow_tf32 = args.tf32
     if args.dry_run:
         if accelerator.is_main_process:
-            print(
-                *(f"{account}\n" for account in loader.accounts),
-                describe(args, student, schedule, accelerator, loader.num_images, checkpoint),
-                sep="\n",
-            )
+            described = describe(args, student, schedule, accelerator, loader.num_images, checkpoint)
+            for number, section in enumerate(chain(loader.accounts, described)):
+                print("\n" * (number > 0) + section, flush=True)
         accelerator.end_training()
         return output_dir
 
