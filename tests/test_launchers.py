@@ -14,7 +14,7 @@ from accelerate.commands import launch
 from modeling_dino.command_line import CONFIGS
 from training import launcher
 
-from .commands import TWO, command, trained
+from .commands import TWO, command, scripted, trained
 from .test_interruption import assert_same_end
 from .test_training import RECIPE, losses, recipe  # noqa: F401
 
@@ -198,6 +198,9 @@ def variables_from(*flags: str) -> dict[str, str]:
         ("--config_file", str(CONFIGS / "accelerate/one_gpu.yaml")),
         ("--config_file", str(CONFIGS / "accelerate/eight_gpus.yaml"), "--main_process_port", "0"),
         ("--config_file", str(CONFIGS / "accelerate/fsdp2.yaml"), "--main_process_port", "0"),
+        ("--config_file", str(CONFIGS / "accelerate/cpu.yaml"), "--main_process_port", "0"),
+        ("--config_file", str(CONFIGS / "accelerate/two_nodes_of_eight.yaml"), "--machine_rank", "1",
+         "--main_process_ip", "127.0.0.1"),
         ("--cpu", "--num_processes", "1"),
         ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "--dynamo_backend", "inductor"),
         ("--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false", "--num_processes", "2",
@@ -220,6 +223,34 @@ def test_refusal_is_one_line_of_the_command(recipe, parquet_folder, tmp_path):  
     finished = command(*argv, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1, finished.stderr
     assert "must be gradient_accumulation_steps = 1, got 4." in finished.stderr
+
+
+ONE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "20001"}  # as a batch script exports it
+CHECK = """
+from training.launcher import check_environment
+check_environment(1)
+print("no objection")
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "exported"),
+    [
+        (ONE, ADDRESS),
+        pytest.param(ONE, {}, marks=pytest.mark.slow),
+        pytest.param((), ADDRESS | {"ACCELERATE_DYNAMO_BACKEND": "inductor"}, marks=pytest.mark.slow),
+    ],
+)
+def test_address_that_a_script_has_exported_asks_for_nothing(launcher, exported, tmp_path):
+    finished = scripted(CHECK, tmp_path, launcher=launcher, **exported)
+    assert finished.returncode == 0 and finished.stdout.endswith("no objection\n"), finished.stderr
+
+
+@pytest.mark.parametrize("exported", [ADDRESS, pytest.param({}, marks=pytest.mark.slow)])
+def test_one_process_of_several_is_found_whatever_is_exported(exported, tmp_path):
+    finished = scripted(CHECK, tmp_path, launcher=(*ONE[:-1], "2"), **exported)
+    assert finished.returncode != 0 and "was asked for several processes and started one" in finished.stderr
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 import os
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
+
+from evaluation.interruption import is_launched
 
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -84,12 +87,26 @@ def check_environment(gradient_accumulation_steps: int) -> None:
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS of the launcher must be gradient_accumulation_steps = "
             f"{gradient_accumulation_steps}, got {accumulated}. Give --gradient_accumulation_steps {accumulated}."
         )
-    # accelerate launch sets the address for several processes; without torchrun or MPI it then starts one alone
-    if {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= {*launched} and not any(map(launched.get, WORLD_SIZES)):
+    if not any(map(launched.get, WORLD_SIZES)) and _is_one_of_several():
         raise ValueError(
             "accelerate launch was asked for several processes and started one. Add --multi_gpu, also on a CPU, where "
             "ACCELERATE_USE_CPU=true takes the place of --cpu; or give --num_processes 1."
         )
+
+
+def _is_one_of_several() -> bool:
+    """Return whether `accelerate launch` was asked for several processes and, without torchrun or MPI, started one.
+
+    It then sets an address, and nothing else. A batch script may have exported one as well, which the launcher itself
+    has, too.
+    """
+    if not is_launched():
+        return False
+    try:
+        before = psutil.Process(os.getppid()).environ()
+    except psutil.Error:  # of another user, or it has just ended
+        return False
+    return any(os.environ.get(name) != before.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
 
 
 def _is_fsdp() -> bool:
