@@ -138,7 +138,7 @@ def scaling(image_processor, num_channels: int, value_range: Sequence[str] | Non
     if isinstance(image_processor, TimmWrapperImageProcessor):
         raise ValueError("timm's image processors take images of 8 bits a channel. Convert the images, or the model.")
     mean, std = (values.flatten().tolist() for values in mean_and_std(image_processor, num_channels))
-    names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square")
+    names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "default_to_square", "keep_aspect_ratio")
     fields = {name: value for name, value in image_processor.to_dict().items() if name in names}
     return DINOImageProcessor(parse_value_range(value_range), image_mean=mean, image_std=std, **fields)
 

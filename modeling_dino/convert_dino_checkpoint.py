@@ -598,7 +598,10 @@ def convert(
         if to == "vit":
             save_as_vit(model, folder)
             if isinstance(processor, DINOPillowImageProcessor):  # then the one that needs no code of ours
-                fields = {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
+                ours = ("auto_map", "keep_aspect_ratio")
+                fields = {name: value for name, value in processor.to_dict().items() if name not in ours}
+                if processor.keep_aspect_ratio:
+                    print("the stock image processor stretches images to the aspect ratio of the network's image_size")
                 processor = ViTImageProcessorPil.from_dict(fields)
         else:
             model.save_pretrained(folder)

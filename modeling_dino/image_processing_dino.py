@@ -1,6 +1,6 @@
 """The transform of the paper's evaluation, as an image processor: transformers' own, or ours for what it cannot take.
 
-Ours are for Pillow images where the network has 1 or 4 channels, and for scientific images.
+Ours are for Pillow images where the network has 1 or 4 channels, for scientific images, and for rectangular crops.
 """
 
 from collections.abc import Sequence
@@ -114,14 +114,37 @@ def _to_array(image, num_channels: int) -> np.ndarray:
     return np.asarray(image)
 
 
-class DINOImageProcessor(ViTImageProcessor):
+class _CoveringResize:
+    """Resize that can keep the aspect ratio, for rectangular crops, which `shortest_edge` does not fit.
+
+    Args:
+        keep_aspect_ratio: Whether the resized image keeps its aspect ratio and just covers `size`, a height and a
+            width, instead of being stretched to it.
+        **kwargs: Those of the image processor.
+    """
+
+    def __init__(self, keep_aspect_ratio: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.keep_aspect_ratio = keep_aspect_ratio
+
+    def resize(self, image: np.ndarray | torch.Tensor, size, *args, **kwargs) -> np.ndarray | torch.Tensor:
+        if self.keep_aspect_ratio:
+            height, width = image.shape[-2:]
+            scale = max(size.height / height, size.width / width)
+            height, width = max(size.height, round(height * scale)), max(size.width, round(width * scale))
+            size = type(size)(height=height, width=width)
+        return super().resize(image, size, *args, **kwargs)
+
+
+class DINOImageProcessor(_CoveringResize, ViTImageProcessor):
     """`ViTImageProcessor` for images of more than 8 bits or more than 4 channels, which it scales to [0, 1] first.
 
     Takes arrays and tensors (channels, height, width), or what `to_channels_first` makes that of, and Pillow images.
 
     Args:
         value_range: See `scale_values`.
-        **kwargs: Those of `ViTImageProcessor`; `image_mean` has an entry for each channel.
+        **kwargs: Those of `ViTImageProcessor`; `image_mean` has an entry for each channel. With `keep_aspect_ratio`,
+            images cover the height and width of `size` instead of being stretched to them.
     """
 
     def __init__(self, value_range: Sequence[str | float] | None = None, **kwargs):
@@ -137,20 +160,21 @@ class DINOImageProcessor(ViTImageProcessor):
             scaled, **kwargs | {"do_rescale": False, "do_convert_rgb": False, "input_data_format": "channels_first"}
         )
 
-    def resize(self, image: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def resize(self, image: torch.Tensor, size, *args, **kwargs) -> torch.Tensor:
         """Resize, and clip where bicubic resampling overshoots, as that of 8-bit pixels does."""
-        return super().resize(image, *args, **kwargs).clamp(0, 1)
+        return super().resize(image, size, *args, **kwargs).clamp(0, 1)
 
 
-class DINOPillowImageProcessor(ViTImageProcessorPil):
-    """`ViTImageProcessorPil` for networks of 1 or 4 channels: Pillow images become gray, or get an alpha channel.
+class DINOPillowImageProcessor(_CoveringResize, ViTImageProcessorPil):
+    """`ViTImageProcessorPil` for networks of 1 or 4 channels, and for rectangular crops.
 
-    Pipelines of transformers turn every image to RGB before the image processor sees it. `image_mean` has an entry for
-    each channel.
+    For the former, Pillow images become gray, or get an alpha channel: pipelines of transformers turn every image to
+    RGB before the image processor sees it. `image_mean` has an entry for each channel. With `keep_aspect_ratio`,
+    images cover the height and width of `size` instead of being stretched to them.
     """
 
     def process_image(self, image, input_data_format: str | None = None, **kwargs) -> np.ndarray:
-        if isinstance(image, PillowImage):
+        if isinstance(image, PillowImage) and len(self.image_mean) != 3:
             image = np.asarray(image.convert(PILLOW_MODES[len(self.image_mean)]))
             image, input_data_format = np.atleast_3d(image).transpose(2, 0, 1), "channels_first"
         return super().process_image(image, input_data_format=input_data_format, **kwargs)
@@ -169,28 +193,33 @@ def make_image_processor(
 
     The stock processor of ViT does all of it. Its Pillow kind, the same to the pixel as torchvision's transforms on
     PIL images, where Pillow knows the number of channels; of 1 or 4 channels, it is `DINOPillowImageProcessor`. Images
-    that are not of 8 bits take `DINOImageProcessor`.
+    that are not of 8 bits take `DINOImageProcessor`. Rectangular crops take either of ours: the image covers
+    `image_size / crop_pct`, height and width, with its aspect ratio kept, which the stock processor cannot do.
 
     Args:
-        image_size: Side of the crop, or its height and width; the longer one then counts for the resize.
+        image_size: Side of the crop, or its height and width.
         num_channels: Channels that the network takes.
         image_mean: Mean of each channel, of 1; one value serves all.
         image_std: Standard deviation of each channel, of 1; one value serves all.
-        crop_pct: Side of the crop over the resized image's shorter side.
+        crop_pct: Side of the crop over the resized image's shorter side, or over what the resized image covers.
         value_range: See `scale_values`.
         is_deep: Whether images have more than 8 bits a channel.
     """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     by_pillow = {1: DINOPillowImageProcessor, 3: ViTImageProcessorPil, 4: DINOPillowImageProcessor}
     processor_class = by_pillow.get(num_channels, ViTImageProcessor)
-    options = {"do_convert_rgb": num_channels == 3}
+    options = {"do_convert_rgb": num_channels == 3, "size": {"shortest_edge": round(height / crop_pct)}}
+    if height != width:
+        processor_class = DINOPillowImageProcessor if num_channels in PILLOW_MODES else DINOImageProcessor
+        options["size"] = {"height": round(height / crop_pct), "width": round(width / crop_pct)}
+        options["keep_aspect_ratio"] = True
     if is_deep or value_range:
-        processor_class, options = DINOImageProcessor, {"value_range": value_range}
+        processor_class, options["value_range"] = DINOImageProcessor, value_range
+        del options["do_convert_rgb"]
     mean, std = (
         list(values) * num_channels if len(values) == 1 else list(values) for values in (image_mean, image_std)
     )
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return processor_class(
-        size={"shortest_edge": round(max(height, width) / crop_pct)},
         resample=Resampling.BICUBIC,
         do_center_crop=True,
         crop_size={"height": height, "width": width},

@@ -2,13 +2,15 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from transformers import AutoModel, ResNetConfig, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModel, ResNetConfig, Trainer, TrainingArguments
 
 from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
-from modeling_dino.image_processing_dino import make_image_processor
+from modeling_dino.image_processing_dino import PILLOW_MODES, make_image_processor
 from training.fused_loss import fused_cross_entropy
 from training.loss import DINOLoss
 
@@ -313,6 +315,47 @@ def test_image_size_may_be_height_and_width(tmp_path):
         pixels = processor(torch.full((3, height, width), 255, dtype=torch.uint8).numpy(), return_tensors="pt")
         assert pixels.pixel_values.shape == (1, 3, 32, 48)
         assert (pixels.pixel_values > 1).all()  # nothing is padded with black
+
+
+def covering_crop(image: Image.Image, height: int, width: int, crop_pct: float) -> np.ndarray:
+    """By Pillow alone: the side that decides becomes that of the crop over crop_pct; then its center."""
+    tall, wide = round(height / crop_pct), round(width / crop_pct)
+    if tall * image.width >= wide * image.height:  # the image is the wider one
+        wide = max(wide, round(image.width * tall / image.height))
+    else:
+        tall = max(tall, round(image.height * wide / image.width))
+    top, left = (tall - height) // 2, (wide - width) // 2
+    resized = image.resize((wide, tall), Image.Resampling.BICUBIC)
+    cropped = resized.crop((left, top, left + width, top + height))
+    return np.atleast_3d(cropped).transpose(2, 0, 1) / np.float32(255)
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+@pytest.mark.parametrize("num_channels", [1, 3, 4, 5])
+def test_rectangular_crops_are_covered_as_square_ones_are(num_channels, crop_pct, tmp_path):
+    """Published or not, in scientific images too: all of an image of that aspect ratio but the border is seen."""
+    processor = make_image_processor((56, 40), num_channels, [0.0], [1.0], crop_pct)
+    deep = make_image_processor((56, 40), num_channels, [0.0], [1.0], crop_pct, is_deep=True)
+    processor.save_pretrained(tmp_path)
+    published = [AutoImageProcessor.from_pretrained(tmp_path, backend=backend) for backend in ("pil", "torchvision")]
+    rng = np.random.default_rng(0)
+    for height, width in ((112, 80), (80, 112), (90, 90), (30, 200), (57, 40)):
+        pixels = rng.integers(64, 192, (num_channels, height, width), dtype=np.uint8)  # so that none is clipped
+        pixels[3:4] = 255  # Pillow weights colors by alpha
+        planes = [covering_crop(Image.fromarray(plane), 56, 40, crop_pct) for plane in pixels]
+        expected, apart = np.concatenate(planes), 2e-7 if num_channels < 5 else 1.5 / 255  # 5 are not Pillow's
+        for each in (processor, *published):
+            found = each([pixels], input_data_format="channels_first", return_tensors="np").pixel_values[0]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=apart)
+        np.testing.assert_allclose(deep(pixels, return_tensors="np").pixel_values[0], expected, rtol=0, atol=1.5 / 255)
+        if num_channels != 5:
+            image = Image.fromarray(pixels.transpose(1, 2, 0).squeeze(), PILLOW_MODES[num_channels])
+            assert np.array_equal(processor(image, return_tensors="np").pixel_values[0], found)
+    rows, columns = np.mgrid[0:1:112j, 0:1:80j]  # where a pixel is in its image
+    places = np.stack([rows, columns, rows, np.ones_like(rows), columns])[:num_channels]
+    seen = processor([(255 * places).astype(np.uint8)], input_data_format="channels_first", return_tensors="np")
+    for plane in seen.pixel_values[0][:3]:
+        assert np.ptp(plane) == pytest.approx(crop_pct, abs=0.03)
 
 
 @pytest.mark.parametrize("image_size", [(32,), (32, 40, 48), (0, 32), (32, 36), 0])

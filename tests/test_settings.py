@@ -4,14 +4,17 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from safetensors.torch import load_file
 
 from evaluation.__main__ import evaluate_from_command_line
 from evaluation.arguments import EvaluationParser
+from evaluation.models import load_model, mean_and_std, to_pixel_values
 from evaluation.protocols import add_protocols
 from modeling_dino import DINOConfig, DINOModel
 from modeling_dino.command_line import CONFIGS
@@ -106,6 +109,27 @@ def test_resumed_run_keeps_the_size_of_its_checkpoint(followed, unsized, parquet
     assert MISMATCH.format(24, 16) in finished.stderr and "Leave out" not in finished.stderr
     assert json.loads((tmp_path / "config.json").read_text())["image_size"] == 24
     assert [line["step"] for line in metrics(tmp_path)] == [4]
+
+
+def test_rectangular_run_publishes_what_is_evaluated(unsized, parquet_folder, tmp_path):
+    """k-NN sees nearly all of an image of the same aspect ratio; so does a stock network that is made of it."""
+    argv = ("--config", unsized, "--dataset_name", parquet_folder, "--max_steps", 1, "--eval_crop_pct", 0.8)
+    finished = command(*argv, "--output_dir", tmp_path / "run", "--config_overrides", "image_size=[24,16]")
+    assert finished.returncode == 0 and MISMATCH.format("[24, 16]", 16) in finished.stderr, finished.stderr
+    arguments = (tmp_path / "run", tmp_path / "vit", "--to", "vit")
+    assert "stretches images" in trained(*arguments, module="modeling_dino.convert_dino_checkpoint")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.array(image.resize((20, 30), Image.Resampling.BICUBIC))[3:27, 2:18].transpose(2, 0, 1) / 255
+    for name in ("run", "vit"):
+        _, processor = load_model(str(tmp_path / name))
+        [found] = to_pixel_values(processor, [pixels.transpose(2, 0, 1)])
+        mean, std = mean_and_std(processor, 3)
+        np.testing.assert_allclose(found * std + mean, expected, rtol=0, atol=1e-6)
+        assert torch.equal(processor(image, return_tensors="pt").pixel_values[0], found)
+    _, scaling = load_model(str(tmp_path / "run"), value_range=("0", "255"))
+    [found] = to_pixel_values(scaling, [pixels.transpose(2, 0, 1)])
+    np.testing.assert_allclose(found * std + mean, expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("start", ["--resume_from_checkpoint", "--init_from"])
