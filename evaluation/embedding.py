@@ -14,7 +14,7 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model
 from .features import features_of, find_eval_split, has_labels
-from .pictures import add_caption, add_files, check_files, choose_images, start_figure, write_files
+from .pictures import add_caption, add_files, check_files, choose_images, short_label, start_figure, write_files
 
 
 MAX_IN_LEGEND = 20  # classes that colours can tell apart
@@ -83,7 +83,7 @@ def draw_embedding(
             axis.scatter(x[order], y[order], color=palette[numbers[order]], **style)
             for number, label in enumerate(classes):
                 name = class_names[label] if class_names else str(label)
-                axis.scatter([], [], color=palette[number], s=18, label=name if len(name) <= 24 else name[:23] + "…")
+                axis.scatter([], [], color=palette[number], s=18, label=short_label(name, 24))
             figure.legend(loc="outside right center", fontsize=7, frameon=False, handletextpad=0.2)
         else:
             points = axis.scatter(x[order], y[order], c=numbers[order], cmap="turbo", **style)
@@ -127,6 +127,7 @@ def measure(args: Namespace) -> None:
     labels = features.labels[sample]
     is_labeled = has_labels(features)
     figure = draw_embedding(coordinates, labels if is_labeled else None, features.class_names)
+    figure.axes[0].set_title({"tsne": "t-SNE", "umap": "UMAP"}[args.method], fontsize=8)
     add_caption(figure, features.model["name"], f"{features.data['name']}, {features.data['split']}")
     arrays = {"images": features.rows[sample], "coordinates": coordinates} | ({"labels": labels} if is_labeled else {})
     write_files(args, figure, arrays)

@@ -13,8 +13,8 @@ import shutil
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import escape
@@ -43,7 +43,7 @@ from .feature_files import (
     to_matrix,
     write_part,
 )
-from .images import content_of, is_path, load_images, split_names
+from .images import content_of, describe_folder, is_path, load_images, split_names
 from .labels import known_labels, match_names, plain_labels
 from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
 from .outputs import check_outputs
@@ -106,26 +106,18 @@ class ImageCollator:
 
 
 class _DecodableImages:
-    """`ImageCollator` that leaves out images that cannot be decoded.
+    """`ImageCollator`, the argument, that leaves out images that cannot be decoded."""
 
-    Args:
-        collate: The collator of the other images.
-        is_strict: Whether an image that cannot be decoded is an error.
-    """
-
-    def __init__(self, collate: Callable, is_strict: bool):
-        self.collate, self.is_strict = collate, is_strict
+    def __init__(self, collate: ImageCollator):
+        self.collate = collate
 
     def __call__(self, rows: list[dict]) -> tuple[tuple | BrokenImageError | None, dict[int, tuple[str | None, str]]]:
         """Return the collated rows, None if no row can be decoded, and path and reason of the others by position.
 
         An error is returned, as a data loader would raise that of a worker with a traceback in its message.
         """
-        try:
+        with suppress(BrokenImageError):
             return self.collate(rows), {}
-        except BrokenImageError as error:
-            if self.is_strict:
-                return error, {}
         failed = {}
         for position, row in enumerate(rows):
             try:
@@ -148,7 +140,9 @@ def extract_features(
     folder: str | None = None,
     reading: Reading | None = None,
 ) -> Features:
-    """Features of all images of a dataset of `load_images`, in evaluation mode.
+    """Features of a dataset of `load_images`, in evaluation mode.
+
+    Images that cannot be decoded have none: they are warned of, and are in `failed`.
 
     Args:
         model: A backbone; the mode of each of its modules is put back afterwards.
@@ -177,21 +171,42 @@ def extract_features(
         return _extract_share(model, part, image_processor, batch_size, num_workers, description, reading=reading)
 
     features = _join(of_all_processes(share, description))
+    features.failed = [image | {"name": _name(image["name"], image["row"], folder)} for image in features.failed]
     if not len(features):
-        raise ValueError(f"there are no images to compute {description} of")
+        raise ValueError(_no_images(description, features.failed))
+    _warn_of_failed(features.failed, len(features), description)
     features.class_names = class_names(dataset)
-    features.names = [_name(path, number, folder) for number, path in enumerate(features.names)]
+    features.names = [_name(path, row, folder) for path, row in zip(features.names, features.rows)]
     return features
 
 
 def _join(parts: list[Features]) -> Features:
+    firsts = np.cumsum([0] + [len(part) + len(part.failed) for part in parts]).tolist()
+    failed = [image | {"row": first + image["row"]} for first, part in zip(firsts, parts) for image in part.failed]
     parts = [part for part in parts if len(part)] or parts[:1]
     return Features(
         torch.cat([part.features for part in parts]),
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.hashes for part in parts]),
         [name for part in parts for name in part.names],
+        failed=failed,
     )
+
+
+def _no_images(what: str, failed: list[dict]) -> str:
+    if not failed:
+        return f"there are no images to compute {what} of"
+    return f"{what}: none of the {len(failed)} images can be decoded, {_example(failed)}"
+
+
+def _example(failed: list[dict]) -> str:
+    return f"such as {printable(failed[0]['name'])}, which {printable(failed[0]['reason'])}"
+
+
+def _warn_of_failed(failed: list[dict], num_images: int, what: str, remedy: str = "") -> None:
+    if failed and PartialState().is_main_process:
+        num_images += len(failed)
+        warnings.warn(f"{what}: skipped {len(failed)} of the {num_images} images, {_example(failed)}{remedy}")
 
 
 def _name(path: str | None, number: int, folder: str | None) -> str:
@@ -267,11 +282,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def _extract_share(
     model: PreTrainedModel, dataset: Dataset | IterableDataset, image_processor, batch_size: int, num_workers: int,
-    description: str, kind: str = "cls", is_strict: bool = True, reading: Reading | None = None,
+    description: str, kind: str = "cls", reading: Reading | None = None,
 ) -> Features:  # fmt: skip
     """`extract_features` of what one process gets. Names are paths, or None; rows count from the share's first."""
     reading = (reading or Reading(num_channels(model.config))).of(dataset.features)
-    collate = _DecodableImages(ImageCollator(image_processor, reading), is_strict)
+    collate = _DecodableImages(ImageCollator(image_processor, reading))
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = Loader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
@@ -368,7 +383,7 @@ def write_features(
     if complete is not None:
         if state.is_main_process and not others:
             _remove_parts(path)  # of a command that was killed at its end
-        _warn_of_failed(complete)
+        _warn_of_kept(complete)
         return complete
     if state.is_main_process:
         for part in others:
@@ -385,7 +400,7 @@ def write_features(
             rows = dataset.select(range(first, min(first + part_size, len(dataset))))
             description = f"{data['split']}, part {number + 1} of {len(parts)}"
             computed = _extract_share(
-                model, rows, image_processor, batch_size, num_workers, description, kind, False, reading
+                model, rows, image_processor, batch_size, num_workers, description, kind, reading
             )
             failed = [image | {"row": first + image["row"]} for image in computed.failed]
             failed = [image | {"name": _name(image["name"], image["row"], data["name"])} for image in failed]
@@ -410,7 +425,7 @@ def write_features(
         }
         if not about["num_images"]:
             _remove_parts(path)
-            example = f", such as {printable(about['failed'][0]['name'])}" if about["failed"] else ""
+            example = f", {_example(about['failed'])}" if about["failed"] else ""
             raise ValueError(
                 f"split {data['split']} of {data['name']} must have images that can be decoded, got none of "
                 f"{len(dataset)}{example}. Choose another --dataset_name."
@@ -421,8 +436,13 @@ def write_features(
         return manifest | about
 
     complete = of_all_processes(join, f"features of {data['split']}")[0]
-    _warn_of_failed(complete)
+    _warn_of_kept(complete)
     return complete
+
+
+def _warn_of_kept(manifest: dict) -> None:
+    split = f"split {manifest['data']['split']} of {manifest['data']['name']}"
+    _warn_of_failed(manifest["failed"], manifest["num_images"], split, ". When they are repaired, give --overwrite.")
 
 
 def keep_features(path: Path, *args, **kwargs) -> Features:
@@ -490,17 +510,6 @@ def _remove_parts(path: Path) -> None:
         folder.rmdir()
 
 
-def _warn_of_failed(manifest: dict) -> None:
-    failed, data = manifest["failed"], manifest["data"]
-    if failed and PartialState().is_main_process:
-        num_images = manifest["num_images"] + len(failed)
-        warnings.warn(
-            f"{len(failed)} of the {num_images} images of split {data['split']} of {data['name']} cannot be decoded "
-            f"and are skipped, such as {printable(failed[0]['name'])}: {printable(failed[0]['reason'])}. When they "
-            "are repaired, give --overwrite."
-        )
-
-
 def _difference(kept, given) -> str:
     if not isinstance(kept, dict) or not isinstance(given, dict):
         return f"{kept}, not {given}"
@@ -543,14 +552,12 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     Raises:
         ValueError: neither features nor a model and a dataset; no labels, although `with_labels`.
     """
-    no_labels = f"split {split} of {args.dataset_name or args.features} has no labels; name their column by "
-    no_labels += "--label_column"
     if args.features and not args.model:
         if args.image_size is not None:
             raise ValueError("image_size is for a --model; these features are what they are")
         features = read_features(Path(args.features) / f"{split}.parquet")
     else:
-        features = _new_features(args, split, no_labels if with_labels else None)
+        features = _new_features(args, split, with_labels)
     if with_labels:
         return labeled(features, split)
     if not any(isinstance(label, (list, np.ndarray)) for label in features.labels):
@@ -604,12 +611,15 @@ def _check_given(args: Namespace) -> None:
         )
 
 
-def _new_features(args: Namespace, split: str, no_labels: str | None) -> Features:
+def _new_features(args: Namespace, split: str, with_labels: bool) -> Features:
     _check_given(args)
     check_features(args, split)
     dataset = images_of(args, split)
-    if no_labels and "label" not in dataset.column_names:
-        raise ValueError(no_labels)
+    if with_labels and "label" not in dataset.column_names:
+        remedy = "name their column by --label_column"
+        if describe_folder(args.dataset_name, args.folder_layout) is not None:
+            remedy = "give each class a folder of its own"
+        raise ValueError(f"split {split} of {args.dataset_name} has no labels; {remedy}")
     model, image_processor = load_model_of(args)
     reading = reading_of(args, model)
     data = describe_data(args, split, dataset)

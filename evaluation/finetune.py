@@ -12,6 +12,7 @@ depth.
 import inspect
 import math
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,10 @@ from .supervised import (
     hits,
     index_classes,
     input_size,
-    load_checkpoint,
     load_splits,
     make_loader,
     normalize,
+    resume,
     run_settings,
     save_card,
     save_checkpoint,
@@ -241,7 +242,7 @@ def train(
     groups = parameter_groups(model, weight_decay, layer_decay)
     prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=0.0))
     losses: list[float] = []
-    if folder is not None and (checkpoint := load_checkpoint(folder, settings)):
+    if checkpoint := resume(folder, settings):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if accelerator.scaler is not None:
@@ -393,10 +394,11 @@ def measure(args: Namespace) -> Report:
     )  # fmt: skip
     hashes = np.concatenate(of_all_processes(lambda: hashes, "hashes of the training images"))
     warn_of_shared_images(hashes, logits.hashes)
-    scores = hits(logits.features, torch.from_numpy(test_targets), "finetune")
+    scores = hits(logits.features, torch.from_numpy(test_targets[logits.rows]), "finetune")
     test_data = describe_data(args, evaluation_split(args), test) | content_of(logits.hashes)
     about = {"train": data, "test": test_data, "num_trained": len(chosen), "batch_size_of_all": batch_size}
     report = make_report(args, described, about | {"mixed_precision": precision}, scores)
     if folder is not None and accelerator.is_main_process:
         save_card(args, folder, model, image_processor, report, "An image classifier: the whole network, fine-tuned")
+        print(f"wrote the classifier to {folder}", file=sys.stderr)
     return report

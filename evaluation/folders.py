@@ -366,7 +366,7 @@ class ImageFolder:
         """Return how many image files were found and read, and in which splits and classes, in one line."""
         num_read = sum(map(len, self.splits.values()))
         splits = "; ".join(f"{name} {len(files):,}, {self._classes(name)}" for name, files in self.splits.items())
-        text = f"{self.listing.path}: {num_read + self.num_unread:,} image files found, {num_read:,} read ({splits})"
+        text = f"{self.listing.path}: {num_read + self.num_unread:,} image files found, {num_read:,} listed ({splits})"
         if self.listing.others:
             listed = ", ".join(f"{number:,} {suffix}" for suffix, number in self.listing.others.most_common(4))
             text += f"; other files: {listed}" + ", ..." * (len(self.listing.others) > 4)

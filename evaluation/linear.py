@@ -8,6 +8,7 @@ one that has seen all, give the selected learning rate alone.
 """
 
 import math
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_dino import DINOConfig, DINOForImageClassification, DINOModel
-from modeling_dino.command_line import Parser
+from modeling_dino.command_line import Parser, printable
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import (
@@ -48,6 +49,7 @@ from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
 from .supervised import (
+    REMEDY,
     AugmentedImages,
     Batches,
     ComputedFeatures,
@@ -59,10 +61,10 @@ from .supervised import (
     hits,
     index_classes,
     input_size,
-    load_checkpoint,
     load_splits,
     make_loader,
     normalize,
+    resume,
     run_settings,
     save_card,
     save_checkpoint,
@@ -159,7 +161,7 @@ def train_classifiers(
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     parameters = list(classifiers.parameters())
     losses: list[list[float]] = []
-    if folder is not None and (checkpoint := load_checkpoint(folder, settings)):
+    if checkpoint := resume(folder, settings):
         classifiers.load_state_dict(checkpoint["classifiers"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         losses = checkpoint["losses"]
@@ -365,7 +367,7 @@ class CroppedImages:
         self.data = describe_data(args, args.train_split, self.images)
         self.data |= {"num_images": len(self.images), "augmentation": True}
         self.test = self._extract(test, evaluation_split(args))
-        self.test.labels = np.array(test_labels)
+        self.test.labels = np.array(test_labels)[self.test.rows]
         self.test.data = describe_data(args, evaluation_split(args), test) | content_of(self.test.hashes)
         self._hashes: list[torch.Tensor] = []  # of this process's images in the first epoch
 
@@ -397,8 +399,16 @@ class CroppedImages:
         return batches
 
     def inputs(self, indices: np.ndarray) -> torch.Tensor:
-        """Of training images, without augmentation."""
-        return self._extract(self.images.select(indices), "held-out images").features
+        """Of training images, without augmentation.
+
+        Raises:
+            ValueError: one that cannot be decoded.
+        """
+        features = self._extract(self.images.select(indices), "held-out images")
+        if features.failed:
+            broken = features.failed[0]
+            raise ValueError(f"image {printable(broken['name'])} {broken['reason']}. {REMEDY}")
+        return features.features
 
     def hashes(self) -> np.ndarray:
         """Of the images that have been trained on, whatever the process."""
@@ -474,8 +484,13 @@ def measure(args: Namespace) -> Report:
     else:
         model, image_processor = load_model_of(args)
         n_last_blocks = args.n_last_blocks
+        num_blocks = model.config.num_hidden_layers if _has_blocks(model) else 1
         if n_last_blocks is None:
-            n_last_blocks = NUM_LAST_BLOCKS if _has_blocks(model) else 1
+            n_last_blocks = min(NUM_LAST_BLOCKS, num_blocks)
+        if not 1 <= n_last_blocks <= num_blocks:
+            raise ValueError(
+                f"n_last_blocks must be from 1 to {num_blocks}, the network's blocks, got {n_last_blocks}"
+            )
         inputs = {
             "n_last_blocks": n_last_blocks,
             "avgpool_patchtokens": args.avgpool_patchtokens,
@@ -524,6 +539,7 @@ def measure(args: Namespace) -> Report:
         if whole is not None:
             method = "An image classifier: a linear classifier on the frozen features of a DINO network"
             save_card(args, folder, whole, image_processor, report, method)
+        print(f"wrote the classifier to {folder}", file=sys.stderr)
     return report
 
 

@@ -176,9 +176,13 @@ def _named_errors(source: str, file: str) -> Iterator[None]:
         raise
     except Exception as error:
         path, is_local = Path(source) / file, Path(source).is_dir()
-        if not is_local and isinstance(error, (OSError, ValueError)):  # the Hub's, which name the model
-            raise
         reason = one_line(error)
+        if not is_local and isinstance(error, OSError):
+            raise ValueError(
+                f"model must be a folder or the id of a model on the Hub, got {source}: {reason.partition('. ')[0]}"
+            ) from error
+        if not is_local and isinstance(error, ValueError):  # which names the model
+            raise
         if is_local and not path.exists():
             problem = "is missing"
         elif is_local and path.suffix == ".json" and not _is_json_object(path):

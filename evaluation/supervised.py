@@ -6,6 +6,7 @@ random has to be kept in a checkpoint.
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from modeling_dino.command_line import Parser
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .cards import write_classifier_card
-from .decoding import Reading, decode_image, pixel_hash
+from .decoding import BrokenImageError, Reading, decode_image, pixel_hash
 from .features import class_names, find_eval_split, images_of
 from .labels import draw_per_class, labeled_rows
 from .models import mean_and_std, to_pixel_values, to_values
@@ -71,6 +72,9 @@ class ComputedFeatures(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=rows[:, None], pooler_output=rows)
 
 
+REMEDY = "Repair or remove it: no image that the classifier is trained on may lack"
+
+
 class AugmentedImages(torch.utils.data.Dataset):
     """(epoch, number of an image) -> the image as that epoch sees it, its class, and a hash of its pixels.
 
@@ -98,7 +102,10 @@ class AugmentedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = key
-        pixels = decode_image(self.dataset[index]["image"], self.reading)
+        try:
+            pixels = decode_image(self.dataset[index]["image"], self.reading)
+        except BrokenImageError as error:
+            raise BrokenImageError(error.name, error.kind, f"{error.reason}. {REMEDY}") from error
         image = torch.from_numpy(to_values(self.image_processor, pixels))
         if self.reading.num_channels in PILLOW_MODES and image.dtype == torch.uint8:
             image = v2.functional.to_pil_image(image, PILLOW_MODES[self.reading.num_channels])
@@ -244,8 +251,8 @@ def index_classes(
 
 
 def hits(logits: torch.Tensor, targets: torch.Tensor, name: str) -> dict[str, np.ndarray]:
-    """`{name}_top1` and, of five classes and more, `{name}_top5`: 100 for each image that was right, else 0."""
-    tops = (1, 5) if logits.shape[1] >= 5 else (1,)
+    """`{name}_top1` and, with more than 5 classes, `{name}_top5`: 100 for each image that was right, else 0."""
+    tops = (1, 5) if logits.shape[1] > 5 else (1,)
     ranked = logits.topk(tops[-1], dim=1).indices == targets[:, None]  # (images, 1 or 5)
     return {f"{name}_top{top}": 100.0 * ranked[:, :top].any(1).cpu().numpy() for top in tops}
 
@@ -343,6 +350,15 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
                 f"{folder} holds a run with another {name} ({saved.get(name)}, not {settings.get(name)}); choose "
                 "another --output_dir, or give --overwrite"
             )
+    return checkpoint
+
+
+def resume(folder: Path | None, settings: dict) -> dict | None:
+    """`load_checkpoint`, of a folder if there is one, and say from where the run goes on."""
+    checkpoint = load_checkpoint(folder, settings) if folder is not None else None
+    if checkpoint is not None and PartialState().is_main_process:
+        done = f"{len(checkpoint['losses'])} of {settings['epochs']} epochs"
+        print(f"{folder} holds {done} of this run, which are not repeated", file=sys.stderr)
     return checkpoint
 
 
