@@ -175,8 +175,14 @@ def test_images_of_the_hub_stay_there(recipe, parquet_folder, tmp_path):  # noqa
     ("flags", "message"),
     [
         (["--teacher_tmp", "1"], "there is no option --teacher_tmp, did you mean --teacher_temp?"),
-        (["--warmup_epochs", "3"], "warmup_epochs = 3 is 15 steps at 5 steps an epoch, and the training has only 10"),
-        (["--per_device_train_batch_size", "64"], "there are 40 images, fewer than one batch of 64"),
+        (
+            ["--warmup_epochs", "3"],
+            "warmup_epochs must be at most 2, got 3: the training has only 10 steps, 5 an epoch.",
+        ),
+        (
+            ["--per_device_train_batch_size", "64"],
+            "there are 40 images, fewer than one batch of 64 = 1 process x 64 images. Give",
+        ),
         (["--config_overrides", "hiden_size=3"], "the model's config has no field hiden_size, did you mean hidden_si"),
     ],
 )
@@ -225,6 +231,17 @@ def test_activations_of_many_images_follow_from_those_of_two():
     assert really < estimate(6) <= really + loss
     assert estimate(6) - estimate(5) == estimate(2) - estimate(1)
     assert math.isclose(estimate(600), 100 * estimate(6), rel_tol=0.05)
+
+
+def test_too_few_images_for_another_machine_name_its_processes(recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    message = answer(train_from_command_line, (*argv, "--dry_run_processes", 8), capsys)
+    batch = "there are 40 images, fewer than one batch of 64 = 8 processes x 8 images."
+    assert message.endswith(f"{batch} Give --per_device_train_batch_size 5 or less.")
+    trained(*argv, "--dry_run_processes", 8, "--per_device_train_batch_size", 5)
+    argv += ("--dry_run_processes", 8, "--gradient_accumulation_steps", 10)
+    message = answer(train_from_command_line, argv, capsys)
+    assert "fewer than one batch of 640 = 8 processes x 8 images x 10 accumulated. Give more images, or " in message
 
 
 def test_processes_of_another_machine(recipe, parquet_folder, tmp_path):  # noqa: F811

@@ -59,7 +59,7 @@ from .publish import check_hub_settings, publish, upload, usage, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import whole_network
 from .signals import student_teacher_distance
-from .start import describe_processes, describe_run, estimate_seconds, say_time
+from .start import describe_processes, describe_run, estimate_seconds, explain_too_few, say_time
 from .state import TrainingState, prepare_state, random_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
@@ -77,7 +77,7 @@ def count_steps(args: TrainingArguments, num_images: int | None, global_batch_si
         return math.ceil(args.max_steps / args.num_train_epochs), args.max_steps
     steps_per_epoch = num_images // global_batch_size
     if not steps_per_epoch:
-        raise ValueError(f"there are {num_images} images, fewer than one batch of {global_batch_size}")
+        raise ValueError(explain_too_few(args, num_images, global_batch_size))
     return steps_per_epoch, args.max_steps or steps_per_epoch * args.num_train_epochs
 
 
