@@ -393,7 +393,12 @@ def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArgume
         argv = recipe + argv
     namespace = vars(parser.parse_args(argv))
     if given.config is not None and given.config_overrides:
-        namespace["config_overrides"] = recipe_overrides + given.config_overrides  # the last of a field counts
+        overrides = {}
+        for override in recipe_overrides + given.config_overrides:  # the last of a field counts
+            field = override.partition("=")[:2]
+            overrides.pop(field, None)
+            overrides[field] = override
+        namespace["config_overrides"] = [*overrides.values()]
         if recipe_overrides:
             origins["config_overrides"] = f"{path.name}, flag"
     names = [field.name for field in dataclasses.fields(TrainingArguments)]

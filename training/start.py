@@ -115,5 +115,9 @@ def duration(seconds: float) -> str:
     """Return a time in the largest unit of which there are at least two."""
     for unit, length in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 2 else f"{seconds:.1f} s"
+            return f"{_rounded(seconds / length)} {unit}"
+    return f"{_rounded(seconds)} s"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
