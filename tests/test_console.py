@@ -92,6 +92,18 @@ def test_run_in_terminal_shows_bar_within_its_width(recipe, parquet_folder, tmp_
     assert "loss" in bar and " left" in bar
 
 
+def test_finished_run_that_is_resumed_says_so_and_shows_no_bar(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--report_to", "none")
+    trained(*argv)
+    shown = Terminal(80, 24)
+    argv = list(map(str, (*argv, "--resume_from_checkpoint", "latest")))
+    assert forked.start("training", argv, (shown.name, shown.name), [{}], is_background=False) == 0
+    lines = shown.lines()
+    assert f"Training had already finished at step 10. Its model and figures are written to {tmp_path}." in lines
+    assert not [line for line in lines if "10/10" in line or line.startswith("Time:")]
+    assert "steps 11 to 10" not in (tmp_path / "train.log").read_text()
+
+
 BEFORE_THE_FIRST_BATCH = """
 import sys
 from training import data

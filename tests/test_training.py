@@ -104,7 +104,7 @@ def test_training_goes_on_from_a_checkpoint_of_the_original(recipe, parquet_fold
     )
     finished = command("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "no",
                        "--resume_from_checkpoint", tmp_path / "converted")  # fmt: skip
-    assert finished.returncode == 2 and "weights alone are for --init_from" in finished.stderr
+    assert finished.returncode == 2 and "Weights alone are for --init_from" in finished.stderr
     original = torch.load(FIXTURES / "checkpoint.pth", weights_only=False)
     assert torch.equal(center, original["dino_loss"]["center"])
     for ours, theirs in ((student, original["student"]), (teacher, original["teacher"])):
@@ -245,6 +245,16 @@ def test_finished_run_resumed_elsewhere_is_published_there(run, recipe, parquet_
             [line["knn_10_top1"] for line in metrics(f) if "knn_10_top1" in line] for f in (tmp_path, run[0])
         ]
         assert accuracies[0] == accuracies[1][-1:] and "k-NN of the features on the split `test`" in card
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step_0000011", "checkpoints/step_0000003/student"])
+def test_folder_near_a_checkpoint_is_answered_by_the_newest(run, recipe, parquet_folder, tmp_path, given):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
+    finished = command(*argv, "--resume_from_checkpoint", run[0] / given)
+    newest = run[0] / "checkpoints/step_0000010"
+    *_, line = finished.stderr.splitlines()
+    assert finished.returncode == 2 and f"got {run[0] / given}. Give {newest}." in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ class Monitor:
                 self.judged += [line for line in kept if "verdict" in line]
         self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.said = next((line["verdict"] for line in reversed(self.judged) if line["verdict"] != TOO_EARLY), None)
-        self.bar = Bar(num_steps, first_step, enabled)
+        self.bar = Bar(num_steps, first_step, enabled and first_step < num_steps)
         self.since = time.perf_counter()
         self.steady = self.since, first_step  # when the first step, which also sets up libraries, was done; its number
         self.progress = -1  # of NUM_PROGRESS_LINES

@@ -275,7 +275,9 @@ def _train(
     if speaks:
         for line in describe_run(args, student, schedule, loader.num_images, global_batch_size, first_step):
             say(line)
-    if step_seconds and first_step < num_steps:
+    if speaks and first_step == num_steps:
+        say(f"Training had already finished at step {num_steps}. Its model and figures are written to {output_dir}.")
+    elif step_seconds:
         say_time((num_steps - first_step) * step_seconds)
     guard, agreement = Guard(accelerator, state.optimizer), Agreement(args.stream_timeout)
     batches = loader.batches(
