@@ -104,6 +104,21 @@ def test_finished_run_that_is_resumed_says_so_and_shows_no_bar(recipe, parquet_f
     assert "steps 11 to 10" not in (tmp_path / "train.log").read_text()
 
 
+def test_message_of_a_stop_is_the_last_line(recipe, parquet_folder, tmp_path):  # noqa: F811
+    shown = Terminal(80, 24)
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--max_steps", 100_000)
+    argv = list(map(str, (*argv, "--report_to", "none")))
+    process = forked.start("training", argv, (shown.name, shown.name), [{}], is_background=True)
+    while b"step 1 of" not in shown.received:
+        assert forked.answer({"wait": process, "seconds": 0.1}) is None
+    os.kill(process, signal.SIGINT)
+    while (code := forked.answer({"wait": process, "seconds": 1})) is None:
+        pass
+    *_, bar, last = filter(None, shown.lines())
+    assert code == 75 and re.match(r"Stopped by SIGINT after step \d+ of 100000\. To continue, ", last)
+    assert re.search(r"\d+/100000, loss", bar)
+
+
 BEFORE_THE_FIRST_BATCH = """
 import sys
 from training import data

@@ -359,6 +359,7 @@ def _train(
             f"Stopped by {signal_name} after step {step} of {num_steps}. To continue, run the same command with "
             "--resume_from_checkpoint latest"
         )
+        monitor.close()  # or the bar would be drawn below
         monitor.say(how)
         interruption.end_within(20, "its end took too long, and all is saved", Interrupted.exit_code)
         raise Interrupted(how)
