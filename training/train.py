@@ -426,7 +426,7 @@ def _train(
             monitor.count(global_batch_size)
             if done == first_step + 1:
                 guard.settle()
-                monitor.show_first(done, state.signals.read(accelerator), accelerator.device.type == "cpu")
+                monitor.show_first(done, state.signals.read(accelerator))
             is_last = done == num_steps
             log_now, save_now = (is_last or done % every == 0 for every in (args.logging_steps, save_every))
             num_seen, skipped = (done - first_step) * global_batch_size, Counter()
