@@ -103,7 +103,7 @@ def test_flags(argv, message, capsys):
         ({"local_crop_size": 12}, "local_crop_size must be a multiple of the patch size 16, got 12"),
         (
             {"model_config": "vit_huge"},
-            "there is no file vit_huge; those that come with the package are convnext_tiny, ",
+            "there is no file vit_huge. Give timm/NAME for a network of timm, or one of convnext_tiny, ",
         ),
     ],
 )

@@ -224,6 +224,21 @@ def test_every_synonym_names_something_that_exists_and_no_setting():
             assert meaning in settings or proposed(meaning), name
 
 
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [("momentum", "momentum_teacher"), ("ema", "momentum_teacher"), ("center", "centering"), ("solarize_prob", None),
+     ("warmup_teacher", "warmup_teacher_temp"), ("seeds", "seed"), ("centre_momentum", "center_momentum")],
+)  # fmt: skip
+def test_settings_that_begin_as_what_was_given_come_first(given, ours, capsys):
+    message = answer(train_from_command_line, (f"--{given}", "0.9", *DATA), capsys)
+    assert message.endswith(f"there is no option --{given}, did you mean --{ours or 'solarize_probability'}?")
+
+
+def test_name_of_a_recipe_is_answered_by_the_nearest(capsys):
+    message = answer(train_from_command_line, ("--config", "own_images", *DATA), capsys)
+    assert message.endswith("there is no file own_images, did you mean own_images_cpu?")
+
+
 def test_fields_of_the_config_are_answered_by_meaning(capsys):
     for field, ours in (("embed_dim", "hidden_size"), ("depth", "num_hidden_layers"), ("img_size", "image_size")):
         message = answer(train_from_command_line, ("--config_overrides", f"{field}=8", *DATA), capsys)
@@ -275,13 +290,15 @@ def test_every_synonym_of_evaluations_names_an_option(protocols):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "Did you mean timm/resnet18?"),
+        ("resnet18", "model_config: there is no file resnet18. Did you mean timm/resnet18?"),
+        ("resnet101", "there is no file resnet101. Did you mean timm/resnet101?"),
+        ("vit_smal_patch16", "there is no file vit_smal_patch16. Did you mean vit_small_patch16?"),
         ("vit_tiny", "Did you mean vit_tiny_patch16 or vit_tiny_patch8?"),
         ("vit_small", "Did you mean vit_small_patch16 or vit_small_patch8?"),
         ("facebook/dino-vits16", "dino-convert facebook/dino-vits16 FOLDER, then --init_from FOLDER --model_config "),
         ("timm/resnet19", "model_config must be a network of timm, got timm/resnet19. Did you mean timm/resnet"),
         ("timm/", "model_config must be a network of timm, got timm/"),
-        ("vit_huge", "those that come with the package are convnext_tiny, "),
+        ("vit_huge", "Give timm/NAME for a network of timm, or one of convnext_tiny, "),
         ("FOLDER", "FOLDER/config.json"),
     ],
 )
@@ -296,7 +313,7 @@ def test_network_of_timm_without_timm_is_answered(monkeypatch, capsys):
     message = answer(train_from_command_line, ("--model_config", "timm/resnet18", *DATA), capsys)
     assert "model_config timm/resnet18 needs timm. Install it: pip install timm." in message
     message = answer(train_from_command_line, ("--model_config", "resnet18", *DATA), capsys)
-    assert message.endswith("; timm/NAME is any network of timm")
+    assert "there is no file resnet18. Give timm/NAME for a network of timm, or one of convnext_tiny, " in message
 
 
 def test_network_of_timm_is_trained_by_its_name(recipe, parquet_folder, tmp_path):  # noqa: F811

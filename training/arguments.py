@@ -52,6 +52,7 @@ SYNONYMS = {
     "wd": "weight_decay", "freeze_last_layer": "freeze_last_layer_epochs", "student_temperature": "student_temp",
     "teacher_temperature": "teacher_temp", "warmup_teacher_temperature": "warmup_teacher_temp",
     "teacher_momentum": "momentum_teacher", "model_ema_decay": "momentum_teacher", "ema_decay": "momentum_teacher",
+    "ema": "momentum_teacher",
     "arch": "model_config", "model": "model_config", "backbone": "model_config", "model_name": "model_config",
     "config_name": "model_config", "config_name_or_path": "model_config", "model_type": "model_config",
     "model_name_or_path": "init_from", "pretrained_weights": "init_from", "pretrained": "init_from",
