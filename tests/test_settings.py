@@ -239,6 +239,28 @@ def test_name_of_a_recipe_is_answered_by_the_nearest(capsys):
     assert message.endswith("there is no file own_images, did you mean own_images_cpu?")
 
 
+UNUSUAL = {
+    ("teacher_temp", 2): "teacher_temp should be at most student_temp = 0.1, got 2.",
+    ("warmup_teacher_temp", 0.2): "warmup_teacher_temp should be at most student_temp = 0.1, got 0.2.",
+    ("local_crop_size", 24): "local_crop_size should be at most global_crop_size = 16, got 24.",
+    ("local_crops_scale", (0.5, 1)): "local_crops_scale should end at most at 0.9, where global_crops_scale ends, got",
+}
+
+
+def test_senseless_settings_are_warned_of_in_a_line_each(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    argv += ("--global_crops_scale", 0.4, 0.9, "--num_local_crops", 1, "--student_temp", 0.1)
+    assert command(*argv, "--teacher_temp", 0.1).stderr == ""
+    values = [(value if isinstance(value, tuple) else (value,)) for _, value in UNUSUAL]
+    flags = sum(((f"--{name}", *value) for (name, _), value in zip(UNUSUAL, values)), ())
+    finished = command(*argv, *flags)
+    assert finished.returncode == 0
+    for line, expected in zip(finished.stderr.splitlines(), UNUSUAL.values(), strict=True):
+        assert line.startswith(expected) and line.endswith(".")
+    trained(*argv[:-8], "--max_steps", 1, "--teacher_temp", 2, "--report_to", "none")
+    assert f"WARNING training.train: {UNUSUAL['teacher_temp', 2]}" in (tmp_path / "run/train.log").read_text()
+
+
 def test_fields_of_the_config_are_answered_by_meaning(capsys):
     for field, ours in (("embed_dim", "hidden_size"), ("depth", "num_hidden_layers"), ("img_size", "image_size")):
         message = answer(train_from_command_line, ("--config_overrides", f"{field}=8", *DATA), capsys)

@@ -330,6 +330,30 @@ class TrainingArguments(AugmentationArguments):
         return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels)
 
 
+def find_unusual(args: TrainingArguments) -> list[str]:
+    """Return a warning for each setting that is allowed but hardly meant."""
+    warnings = []
+    for name in ("teacher_temp", "warmup_teacher_temp"):
+        if getattr(args, name) > args.student_temp:
+            warnings.append(
+                f"{name} should be at most student_temp = {args.student_temp:g}, got {getattr(args, name):g}. "
+                "Targets that are softer than the student's output can lead to collapse."
+            )
+    if args.num_local_crops:
+        if args.local_crop_size > args.global_crop_size:
+            warnings.append(
+                f"local_crop_size should be at most global_crop_size = {args.global_crop_size}, got "
+                f"{args.local_crop_size}. Local crops are the smaller ones."
+            )
+        local, largest = args.local_crops_scale[1], args.global_crops_scale[1]
+        if local > largest:
+            warnings.append(
+                f"local_crops_scale should end at most at {largest:g}, where global_crops_scale ends, got {local:g}. "
+                "Local crops show less of an image."
+            )
+    return warnings
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a help text, unless there is none or the text says it."""
 

@@ -20,7 +20,7 @@ from modeling_dino.command_line import short_in_notebooks
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .agreement import Agreement
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, find_unusual
 from .augmentation import CropBatch, finish_crops
 from .checkpoint import (
     LIBRARIES,
@@ -240,6 +240,8 @@ def _train(
             args = resolved(args, freeze_backbone_steps=steps_per_epoch)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     warn_of_image_size(config, args, checkpoint is not None)
+    for warning in find_unusual(args):
+        logger.warning(warning)
     if args.gradient_checkpointing:
         try:
             # older versions of transformers know the second name alone
