@@ -365,13 +365,27 @@ def test_converted_weights_train_by_their_own_config(recipe, parquet_folder, tmp
 
 # ----------------------------------------------------------------------------------------------------------- help
 
-COMMANDS = ("training", "training.check", "training.publish", "modeling_dino.convert_dino_checkpoint", "evaluation")
+# by the name of a command, the module behind it
+SCRIPTS = dict(re.findall(r'"(dino-\w+) = ([\w.]+):main"', (CONFIGS.parent / "setup.py").read_text()))
+COMMANDS = [module.removesuffix(".__main__") for module in SCRIPTS.values()]
 
 
 def help_of(module: str, capsys, *argv) -> str:
     finished = command(*argv, "--help", module=module)
     assert finished.returncode == 0, finished.stderr
     return " ".join(finished.stdout.split())
+
+
+def test_every_command_is_a_module_that_runs():
+    assert SCRIPTS.keys() == {f"dino-{name}" for name in ("train", "eval", "check", "publish", "convert")}
+    for name, module in SCRIPTS.items():
+        finished = command("--help", module=module)
+        assert finished.returncode == 0 and finished.stdout.startswith(f"usage: {name} "), module
+
+
+def test_module_of_dino_publish_runs_without_a_warning():
+    finished = command("--help", module="training.publish", launcher=("-m",))
+    assert finished.returncode == 0 and finished.stderr == "" and "usage: dino-publish" in finished.stdout
 
 
 def test_help_shows_no_default_where_there_is_none(protocols, capsys):
