@@ -387,6 +387,7 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     metrics = read_metrics(output_dir)
     training = [line for line in metrics if "loss" in line]
@@ -397,7 +398,7 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
     limits = (
         (math.log(out_dim), "ln K"),
         (math.log(out_dim), "ln K"),
-        (NO_INFORMATION, f"failing below {NO_INFORMATION}"),
+        (NO_INFORMATION, f"failing\nbelow {NO_INFORMATION}"),
     )
     keys = ("loss", "teacher_entropy", "target_information")
     titles = ("loss [nats]", "teacher entropy [nats]", "target information [nats]")
@@ -406,11 +407,11 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
         marker = "o" if len(points) == 1 else None  # a line of one point is not seen
         axis.plot(*zip(*points), color="#1f5fa8", marker=marker)
         axis.axhline(limit, color="0.6", linewidth=1, linestyle="--")
-        axis.annotate(name, (1, limit), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                      textcoords="offset points", ha="right", color="0.4")  # fmt: skip
-        axis.set(title=title, ylim=(0, None))
+        axis.annotate(name, (1, limit), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                      textcoords="offset points", va="center", color="0.4")  # fmt: skip
+        axis.set(title=title, ylim=(0, 1.05 * axis.get_ylim()[1]))  # so that no point lies on the edge
     if verdicts := [line["verdict"] for line in training if "verdict" in line]:
-        axes[2].set_title(f"{titles[2]}, verdict: {verdicts[-1]}")
+        figure.suptitle(f"Verdict: {verdicts[-1]}")
     if knn:
         keys = [key for key in knn[0] if key.endswith("_top1")]
         for key, shade in zip(keys, plt.cm.viridis([i / max(len(keys), 1) for i in range(len(keys))])):
@@ -419,7 +420,8 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
         axes[3].set(title="k-NN of the teacher, top-1 [%]")
         axes[3].legend(frameon=False)
     for axis in axes:
-        axis.set_xlabel("step")
+        axis.set(xlabel="step", xlim=(0, None))  # few steps, or one, would be shown with fractions of steps
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     path = output_dir / "figures" / "curves.png"
