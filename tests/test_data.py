@@ -415,6 +415,10 @@ def test_check_finds_what_training_would_skip(tmp_path, capsys, flags):
         total == f"{NUM_IMAGES + 3} images, 2 of them would be skipped: 1 no image, 1 damaged" and end.value.code == 1
     )
     assert sizes == f"24 to 90 pixels wide, 3 to 20 high; {NUM_IMAGES + 1} of uint8"
+    (folder / "7.png").unlink()
+    with pytest.raises(SystemExit):
+        check_from_command_line([str(folder), *flags])
+    assert "\n24 pixels wide, 20 high; " in capsys.readouterr().out
     assert "8.jpg cannot be decoded: no image file" in faults[0] and "9.png cannot be decoded" in faults[1]
 
 

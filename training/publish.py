@@ -94,7 +94,7 @@ def write_card(
     if len(sources) <= len(args.mix_with):
         sources.append("own images")
     if args.init_from:
-        start = "other weights of its owner's" if is_path(args.init_from) else args.init_from
+        start = "weights of a local folder" if is_path(args.init_from) else args.init_from
     else:
         start = "" if is_resumed else "random weights"  # a run that goes on does not know
     rows = {

@@ -502,8 +502,7 @@ def _train(
 def describe_start(args: TrainingArguments, accelerator: Accelerator, first_step: int, num_steps: int) -> None:
     """Into the log, what there is to know when somebody asks months later."""
     if accelerator.is_main_process:
-        logger.info("steps %d to %d of a run", first_step + 1, num_steps)
-        versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-        logger.info("%s; %d x %s, %s", versions, accelerator.num_processes, accelerator.device,
-                    accelerator.mixed_precision)  # fmt: skip
+        if first_step < num_steps:
+            logger.info("steps %d to %d of a run", first_step + 1, num_steps)
+        logger.info(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
         logger.info("settings:\n%s", yaml.safe_dump(asdict(args), sort_keys=False, default_flow_style=None))
