@@ -68,7 +68,7 @@ def write_classifier_card(
     per_class = settings["labels_per_class"]
     rows = {
         "network": describe_network(classifier),
-        "start": "random weights" if kind else base_model or "other weights of its owner's",
+        "start": "random weights" if kind else base_model or "weights of a local folder",
         "trained on": f"{images}, {data['num_trained']:,} of split `{data['train']['split']}`"
         + f", {per_class} of each class" * bool(per_class),
         "training": training,

@@ -47,7 +47,6 @@ from .folders import IMAGE_SUFFIXES, MAX_UNREAD, File, ImageFolder, is_of_tables
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 _FOLDER_BUILDERS = FILE_BUILDERS | {".zip": "imagefolder"}
 _PATH_COLUMNS = ("image", "img", "file_name", "path")  # names of columns that may hold paths of images
-logger = logging.getLogger(__name__)
 
 _NUM_STREAM_SHARDS = 64  # of a folder that is streamed
 _NUM_MEMBERS = 10_000  # of tars whose names are read before the rest
@@ -401,7 +400,6 @@ def load_images(
         if dataset.features is None:
             dataset = dataset._resolve_features()
     if folder:
-        logger.info(folder.account())
         for line in folder.warnings():
             _warn(line)
     try:

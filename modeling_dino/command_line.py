@@ -48,10 +48,14 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False} | kwargs)
 
 
-def nearest(given: str, allowed) -> str:
-    """ ", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near."""
-    found = difflib.get_close_matches(given, allowed, n=1)
-    return f", did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(allowed))}"
+def nearest(given: str, allowed, all_of_them: str = "there are") -> str:
+    """ ", did you mean X?" for the entry of `allowed` nearest to `given`, or all of them if none is near.
+
+    Entries that begin with `given` are nearer than those of similar letters, and the shortest of them is the nearest.
+    """
+    longer = [name for name in allowed if name.startswith(given)] if len(given.strip("-")) > 2 else []
+    found = sorted(longer, key=len) or difflib.get_close_matches(given, allowed, n=1)
+    return f", did you mean {found[0]}?" if found else f"; {all_of_them} {', '.join(sorted(allowed))}"
 
 
 def meant(given: str, allowed, synonyms: dict[str, str]) -> str:
@@ -78,8 +82,8 @@ def find_config(name: str, folder: Path, suffix: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    available = sorted(path.stem for path in folder.glob(f"*{suffix}"))
-    raise ValueError(f"there is no file {name}; those that come with the package are {', '.join(available)}")
+    available = [path.stem for path in folder.glob(f"*{suffix}")]
+    raise ValueError(f"there is no file {name}{nearest(name, available, 'those that come with the package are')}")
 
 
 def check_files(path: Path) -> None:

@@ -536,7 +536,7 @@ def wrong_words(stdout: str, stderr: str, code: int | None) -> list[str]:
         wrong.append(f"control characters {sorted(odd)}")
     lines = [line.rpartition("\r")[2].strip() for line in stderr.split("\n")]
     warned = "warning|on this CPU. Use a GPU|and training continues|SIGTERM|image files found|"
-    warned += "is damaged, .*; looking for the one before"
+    warned += "is damaged, .*; looking for the one before|should (be at most|end at) "
     lines = [line for line in lines if line and not re.search(warned, line, re.I)]
     errors = [line for line in lines if re.match(r"dino-\w+.*?: error: ", line)]
     has_found = code == 1 and "would be skipped" in stdout  # dino-check

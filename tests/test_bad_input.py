@@ -103,7 +103,7 @@ def test_flags(argv, message, capsys):
         ({"local_crop_size": 12}, "local_crop_size must be a multiple of the patch size 16, got 12"),
         (
             {"model_config": "vit_huge"},
-            "there is no file vit_huge; those that come with the package are convnext_tiny, ",
+            "there is no file vit_huge. Give timm/NAME for a network of timm, or one of convnext_tiny, ",
         ),
     ],
 )
@@ -117,8 +117,14 @@ def test_recipe(changes, message, recipe, parquet_folder, out, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--per_device_train_batch_size", "64"], "there are 40 images, fewer than one batch of 64"),
-        (["--warmup_epochs", "3"], "warmup_epochs = 3 is 15 steps at 5 steps an epoch, and the training has only 10"),
+        (
+            ["--per_device_train_batch_size", "64"],
+            "there are 40 images, fewer than one batch of 64 = 1 process x 64 images. Give",
+        ),
+        (
+            ["--warmup_epochs", "3"],
+            "warmup_epochs must be at most 2, got 3: the training has only 10 steps, 5 an epoch.",
+        ),
         (["--train_split", "validation"], "has no split validation; its splits are train, test"),
         (["--image_column", "photo"], "there is no column photo (--image_column); the columns are picture, kind"),
         (["--image_column", "kind"], "column kind holds no images"),

@@ -107,7 +107,7 @@ def test_card_says_what_was_measured_and_no_path(trained, parquet_folder, models
         f"| trained on | own images, {trained_on} |",
         "| measured on | own images, 12 of split `test` |",
         "| training | 2 epochs in batches of 16 images, seed 0 |",
-        "| start | other weights of its owner's |",
+        "| start | weights of a local folder |",
         f"| top-1 accuracy | {accuracy:.2f} [",
         "Classes (2): a, b.",
     ):

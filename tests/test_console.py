@@ -43,12 +43,16 @@ class Terminal:
             except OSError:  # the last writer has closed it
                 return
 
-    def lines(self) -> list[str]:
-        """Each line as it was last drawn, once the terminal is closed."""
+    def all_lines(self) -> list[str]:
+        """Each line with all that was drawn in it, separated by \\r, once the terminal is closed."""
         os.close(self.slave)
         self.reader.join(10)
         os.close(self.master)
-        drawn = [line.rstrip("\r").split("\r") for line in self.received.decode().split("\n")]
+        return self.received.decode().split("\n")
+
+    def lines(self) -> list[str]:
+        """Each line as it was last drawn, once the terminal is closed."""
+        drawn = [line.rstrip("\r").split("\r") for line in self.all_lines()]
         return [([text for text in texts if text.strip()] or [""])[-1].rstrip() for texts in drawn]
 
 
@@ -58,7 +62,7 @@ def bar_in(columns: int, rows: int, monkeypatch) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
         bar = Bar(total=700, initial=0, enabled=True)
         bar.values = ["loss 5.213", "0.94 ln K", "142 images/s", "entropy 4.34", "lr 6.8e-05", "data wait 0%"]
-        bar.n = 84
+        bar.n, bar.left = 84, "01:23"
         bar.refresh()
         monkeypatch.undo()
         bar.disable = True  # draws no more
@@ -92,6 +96,70 @@ def test_run_in_terminal_shows_bar_within_its_width(recipe, parquet_folder, tmp_
     assert "loss" in bar and " left" in bar
 
 
+CLOCK = """
+from types import SimpleNamespace
+from training import monitor
+from training.__main__ import main
+now, steps, count = [0.0], [], monitor.Monitor.count
+monitor.time = SimpleNamespace(perf_counter=lambda: now[0])
+
+def count_by_clock(self, images):
+    steps.append(images)
+    now[0] += {1: 100, 2: 50}.get(len(steps), 2)  # seconds that a step takes
+    count(self, images)
+    self.bar.refresh()
+
+monitor.Monitor.count = count_by_clock
+main()
+"""
+
+
+def test_time_left_is_that_of_steps_after_the_start(recipe, parquet_folder, tmp_path):  # noqa: F811
+    """Steps 1 and 2, which set up workers and libraries, take 100 and 50 s, and the others 2 s each."""
+    script = tmp_path / "script.py"
+    script.write_text(CLOCK)
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--report_to", "none", "--output_dir")
+    said = trained(*argv, tmp_path / "lines", module=script)
+    left = dict(re.findall(r"^step (\d+) of 10: loss .+, data wait \d+%(?:, ([\d:]+) left)?$", said, re.M))
+    assert left.pop("1") == left.pop("2") == "" and left.pop("10") == "00:00"
+    assert left == {step: f"00:{2 * (10 - int(step)):02d}" for step in left} and len(left) >= 3
+    shown = Terminal(80, 24)
+    argv = list(map(str, (*argv, tmp_path / "bar")))
+    assert forked.start(str(script), argv, (shown.name, shown.name), [{}], is_background=False) == 0
+    drawn = re.split(r"[\r\n]+", "\n".join(shown.all_lines()))
+    by_bar = {step: each.strip() for each in drawn for step in re.findall(r" (\d+)/10, loss", each)}
+    assert " left" not in by_bar["2"]
+    for step, text in left.items():
+        assert f" {step}/10, loss" in by_bar[step] and f", {text} left" in by_bar[step]
+
+
+def test_finished_run_that_is_resumed_says_so_and_shows_no_bar(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--report_to", "none")
+    trained(*argv)
+    shown = Terminal(80, 24)
+    argv = list(map(str, (*argv, "--resume_from_checkpoint", "latest")))
+    assert forked.start("training", argv, (shown.name, shown.name), [{}], is_background=False) == 0
+    lines = shown.lines()
+    assert f"Training had already finished at step 10. Its model and figures are written to {tmp_path}." in lines
+    assert not [line for line in lines if "10/10" in line or line.startswith("Time:")]
+    assert "steps 11 to 10" not in (tmp_path / "train.log").read_text()
+
+
+def test_message_of_a_stop_is_the_last_line(recipe, parquet_folder, tmp_path):  # noqa: F811
+    shown = Terminal(80, 24)
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path, "--max_steps", 100_000)
+    argv = list(map(str, (*argv, "--report_to", "none")))
+    process = forked.start("training", argv, (shown.name, shown.name), [{}], is_background=True)
+    while b"step 1 of" not in shown.received:
+        assert forked.answer({"wait": process, "seconds": 0.1}) is None
+    os.kill(process, signal.SIGINT)
+    while (code := forked.answer({"wait": process, "seconds": 1})) is None:
+        pass
+    *_, bar, last = filter(None, shown.lines())
+    assert code == 75 and re.match(r"Stopped by SIGINT after step \d+ of 100000\. To continue, ", last)
+    assert re.search(r"\d+/100000, loss", bar)
+
+
 BEFORE_THE_FIRST_BATCH = """
 import sys
 from training import data
@@ -123,7 +191,7 @@ def test_first_step_is_shown_at_once(recipe, parquet_folder, tmp_path):  # noqa:
     argv += ("--report_to", "none", "--save_steps", "5")
     said = trained(*argv)
     assert [line["step"] for line in metrics(tmp_path)] == [4, 8, 10]
-    first = re.search(r"^step 1 of 10: loss ([\d.]+), [\d.]+ ln K, took .+, so about .+ are left$", said, re.M)
+    first = re.search(r"^step 1 of 10: loss ([\d.]+), [\d.]+ ln K, took [\d.]+ s$", said, re.M)
     assert said.index(first[0]) < said.index("step 4 of 10")
     assert 0 < float(first[1]) < 10
     resumed = trained(*argv, "--resume_from_checkpoint", tmp_path / "checkpoints/step_0000005")
@@ -140,7 +208,6 @@ def test_long_run_on_cpu_warns_and_names_a_recipe(recipe, parquet_folder, tmp_pa
         pass
     pattern = r"Time: roughly [\d,]+ hours on this CPU. .* configs/own_images_cpu.yaml, which takes 20 minutes."
     assert re.search(pattern, run.stderr.splitlines()[0]), run.stderr
-    assert re.search(r"so about [\d,]+ hours are left", run.stdout)
     assert "WARNING training.start: Time: roughly" in (tmp_path / "run/train.log").read_text()
 
 

@@ -410,11 +410,15 @@ def test_check_finds_what_training_would_skip(tmp_path, capsys, flags):
     account, total, *faults, sizes = capsys.readouterr().out.strip().splitlines()
     number = NUM_IMAGES + 3
     splits = f"train {number}, no labels: all in one folder"
-    assert account == f"{folder}: {number} image files found, {number} read ({splits})"
+    assert account == f"{folder}: {number} image files found, {number} listed ({splits})"
     assert (
         total == f"{NUM_IMAGES + 3} images, 2 of them would be skipped: 1 no image, 1 damaged" and end.value.code == 1
     )
     assert sizes == f"24 to 90 pixels wide, 3 to 20 high; {NUM_IMAGES + 1} of uint8"
+    (folder / "7.png").unlink()
+    with pytest.raises(SystemExit):
+        check_from_command_line([str(folder), *flags])
+    assert "\n24 pixels wide, 20 high; " in capsys.readouterr().out
     assert "8.jpg cannot be decoded: no image file" in faults[0] and "9.png cannot be decoded" in faults[1]
 
 
@@ -693,7 +697,7 @@ def test_state_is_of_the_batch_that_was_taken_last_not_of_what_was_read_ahead(tm
 
 def test_stream_with_too_few_images_for_a_batch_is_an_error(tmp_path):
     loader = CropLoader(arguments(write_shards(tmp_path / "images", 3, 1), streaming=True), 3)
-    with pytest.raises(ValueError, match=r"fewer images than one batch of 4"):
+    with pytest.raises(ValueError, match="there are 3 images, fewer than one batch of 4 = 1 process x 4 images. Give"):
         take(loader, 1)
 
 
@@ -805,9 +809,11 @@ def test_advice_names_the_knob_that_is_left(tmp_path, monkeypatch):
     folder = write_shards(tmp_path / "images", 8, 1)
     few, all_ = (CropLoader(arguments(folder, num_workers=number), 3) for number in (2, 8))
     assert few.advice() == "raise --num_workers, which is 2; there are 8 cores for each process"
-    assert "8 workers keep all 8 cores busy" in all_.advice()
+    assert "8 workers on 8 cores cannot go faster; store the images smaller" in all_.advice()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert "8 workers keep all 2 cores busy" in all_.advice() and "all 2 cores" in few.advice()
+    assert "8 workers on 2 cores" in all_.advice() and "2 workers on 2 cores" in few.advice()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert "2 workers on 1 core cannot" in few.advice()
 
 
 def test_advice_tells_a_slow_stream_from_slow_workers(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`--dry_run` by the real command: its numbers against independent ones, and that it leaves nothing behind."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -14,12 +15,14 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_dino import DINOConfig, DINOForPreTraining
-from training import TrainingArguments, speed, train
+from modeling_dino.command_line import CONFIGS
+from training import TrainingArguments, dry_run, speed, train
 from training.__main__ import train_from_command_line
 from training.arguments import parse_arguments
 from training.dry_run import activation_bytes, find_origins, state_bytes
 from training.networks import load_config
 from training.optim import parameter_groups
+from training.schedules import Schedule
 
 from .commands import command, scripted, trained
 from .hub import Hub
@@ -33,6 +36,11 @@ def section(printed: str, title: str) -> list[list[str]]:
     """Cells of the rows below a title."""
     [block] = [block for block in printed.split("\n\n") if block.startswith(title)]
     return [re.split(r"\s{2,}", line.strip()) for line in block.splitlines()[1:]]
+
+
+def listed(printed: str, title: str) -> list[str]:
+    """The parts of a paragraph below a title."""
+    return ", ".join(sum(section(printed, title), [])).replace(",,", ",").split(", ")
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -52,12 +60,12 @@ def imagenet_run(flat_folder, tmp_path_factory):
 def test_schedule_of_the_imagenet_run_has_the_originals_numbers(imagenet_run):
     rows = {int(row[0]): row[1:] for row in section(imagenet_run[0], "Schedule")[1:]}
     assert rows.keys() == {0, 2502, 25_020, 62_550, 125_100, 187_650, 250_199}
-    assert rows[0] == ["0.00", "0.0000e+00", "0.04000", "0.9960000", "0.0400", "frozen", "trained"]
+    assert rows[0] == ["0.00", "0.0000e+00", "0.04000", "0.9960000", "0.0400", "last layer"]
     assert rows[25_020][:2] == ["10.00", "1.0000e-03"]
     # of the original, at half of the training and at its last step
-    assert rows[125_100] == ["50.00", "5.8724e-04", "0.22000", "0.9980000", "0.0400", "trained", "trained"]
-    assert rows[250_199] == ["100.00", "1.0000e-06", "0.40000", "1.0000000", "0.0400", "trained", "trained"]
-    assert [row[-2] for row in rows.values()] == ["frozen"] + ["trained"] * 6
+    assert rows[125_100] == ["50.00", "5.8724e-04", "0.22000", "0.9980000", "0.0400", "none"]
+    assert rows[250_199] == ["100.00", "1.0000e-06", "0.40000", "1.0000000", "0.0400", "none"]
+    assert [row[-1] for row in rows.values()] == ["last layer"] + ["none"] * 6
 
 
 def test_steps_batch_and_parameters_of_the_imagenet_run(imagenet_run):
@@ -90,21 +98,47 @@ def test_memory_of_the_imagenet_run(imagenet_run):
 
 def test_settings_come_with_their_origin_and_those_that_were_given_come_first(imagenet_run, flat_folder):
     printed, folder = imagenet_run
-    yaml_name = "imagenet_vit_small_patch16.yaml"
-    assert section(printed, "Settings\n") == [
-        ["dataset_name", "flag", str(flat_folder)],
-        ["streaming", yaml_name, "true"],
-        ["num_examples", yaml_name, "1281167"],
-        ["model_config", yaml_name, "vit_small_patch16"],
-        ["num_train_epochs", yaml_name, "100"],
-        ["per_device_train_batch_size", "flag", "512"],
-        ["output_dir", "flag", str(folder / "run")],
-        ["eval_split", yaml_name, "validation"],
+    assert section(printed, "Settings given as flags") == [
+        ["dataset_name", str(flat_folder)],
+        ["per_device_train_batch_size", "512"],
+        ["output_dir", str(folder / "run")],
     ]
-    cells = sum(section(printed, "Settings left at their default"), [])
-    defaults = dict(zip(cells[::2], cells[1::2]))
-    assert defaults["clip_grad"] == "3" and defaults["local_crops_scale"] == "0.05 0.4"
-    assert defaults["init_from"] == "none" and "num_examples" not in defaults
+    assert section(printed, "Settings of imagenet_vit_small_patch16.yaml") == [
+        ["streaming", "true"],
+        ["num_examples", "1281167"],
+        ["model_config", "vit_small_patch16"],
+        ["num_train_epochs", "100"],
+        ["eval_split", "validation"],
+    ]
+    defaults, unset = (listed(printed, title) for title in ("Settings left at their default", "Settings not given"))
+    assert "clip_grad 3" in defaults and "local_crops_scale 0.05 0.4" in defaults and "init_from" in unset
+    assert not [text for text in defaults + unset if text.startswith("num_examples")]
+    names = [text.split()[0] for text in defaults + unset]
+    assert len(names) == len(set(names)) == len(dataclasses.fields(TrainingArguments)) - 8 - 1  # --dry_run itself
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_sections_fit_a_terminal_of_80_columns(name):
+    """Without the folders, of whatever length: all sections but those that measure, of every recipe."""
+    args = parse_arguments(["--config", name, "--dataset_name", "photos", "--output_dir", "run"])
+    args.gradient_accumulation_steps = 4
+    schedule = Schedule(args, steps_per_epoch=12_345, num_steps=1_234_567, global_batch_size=4096)
+    printed = "\n".join([dry_run._settings(args), dry_run._schedule(schedule)])
+    assert max(map(len, printed.splitlines())) < 80, max(printed.splitlines(), key=len)
+
+
+def test_whole_dry_run_fits_a_terminal_and_lists_each_override_once(flat_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").symlink_to(flat_folder)
+    argv = ("--config", "own_images_cpu", "--dataset_name", "photos", "--output_dir", "run", "--dry_run")
+    argv += ("--per_device_train_batch_size", 4, "--config_overrides", "out_dim=64", "drop_path_rate=0.1")
+    printed = trained(*argv, "--dry_run_processes", 2)
+    assert max(map(len, printed.splitlines())) < 80, max(printed.splitlines(), key=len)
+    [first, *more] = section(printed, "Settings of own_images_cpu.yaml and flags")
+    overrides = " ".join([first[1], *sum(more, [])]).split()
+    assert len(overrides) == 8 and {"out_dim=64", "drop_path_rate=0.1", "hidden_size=128"} < set(overrides)
+    memory = dict(row for row in section(printed, "Memory") if len(row) == 2)
+    assert all(float(text.removesuffix(" MiB").replace(",", "")) > 1 for text in memory.values()) and len(memory) > 5
 
 
 def test_origin_of_each_setting(tmp_path):
@@ -143,7 +177,7 @@ def test_several_processes_print_once(recipe, parquet_folder, tmp_path):  # noqa
     run = dict(section(printed, "Run"))
     assert run["global batch"] == "32 = 2 processes x 8 images x 2 accumulated"
     assert (run["steps per epoch"], run["steps in all"]) == ("1", "2")
-    assert "gradients' buckets (DDP)" in dict(section(printed, "Memory")[:-1])
+    assert "gradients' buckets (DDP)" in dict(row for row in section(printed, "Memory") if len(row) == 2)
     assert not list(tmp_path.iterdir())
 
 
@@ -155,8 +189,9 @@ def test_from_python(flat_folder, tmp_path, capsys):
         dry_run=True,
     )  # fmt: skip
     assert train(args) == tmp_path / "run" and not list(tmp_path.iterdir())
-    given = section(capsys.readouterr().out, "Settings\n")
-    assert ["dataset_name", "given", str(flat_folder)] in given and {origin for _, origin, _ in given} == {"given"}
+    printed = capsys.readouterr().out
+    assert ["dataset_name", str(flat_folder)] in section(printed, "Settings given in Python")
+    assert "Settings of" not in printed and "given as flags" not in printed
 
 
 def test_images_of_the_hub_stay_there(recipe, parquet_folder, tmp_path):  # noqa: F811
@@ -176,8 +211,14 @@ def test_images_of_the_hub_stay_there(recipe, parquet_folder, tmp_path):  # noqa
     ("flags", "message"),
     [
         (["--teacher_tmp", "1"], "there is no option --teacher_tmp, did you mean --teacher_temp?"),
-        (["--warmup_epochs", "3"], "warmup_epochs = 3 is 15 steps at 5 steps an epoch, and the training has only 10"),
-        (["--per_device_train_batch_size", "64"], "there are 40 images, fewer than one batch of 64"),
+        (
+            ["--warmup_epochs", "3"],
+            "warmup_epochs must be at most 2, got 3: the training has only 10 steps, 5 an epoch.",
+        ),
+        (
+            ["--per_device_train_batch_size", "64"],
+            "there are 40 images, fewer than one batch of 64 = 1 process x 64 images. Give",
+        ),
         (["--config_overrides", "hiden_size=3"], "the model's config has no field hiden_size, did you mean hidden_si"),
     ],
 )
@@ -226,6 +267,17 @@ def test_activations_of_many_images_follow_from_those_of_two():
     assert really < estimate(6) <= really + loss
     assert estimate(6) - estimate(5) == estimate(2) - estimate(1)
     assert math.isclose(estimate(600), 100 * estimate(6), rel_tol=0.05)
+
+
+def test_too_few_images_for_another_machine_name_its_processes(recipe, parquet_folder, tmp_path, capsys):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    message = answer(train_from_command_line, (*argv, "--dry_run_processes", 8), capsys)
+    batch = "there are 40 images, fewer than one batch of 64 = 8 processes x 8 images."
+    assert message.endswith(f"{batch} Give --per_device_train_batch_size 5 or less.")
+    trained(*argv, "--dry_run_processes", 8, "--per_device_train_batch_size", 5)
+    argv += ("--dry_run_processes", 8, "--gradient_accumulation_steps", 10)
+    message = answer(train_from_command_line, argv, capsys)
+    assert "fewer than one batch of 640 = 8 processes x 8 images x 10 accumulated. Give more images, or " in message
 
 
 def test_processes_of_another_machine(recipe, parquet_folder, tmp_path):  # noqa: F811

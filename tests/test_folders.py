@@ -767,7 +767,8 @@ def test_training_on_a_folder_says_what_is_not_read(recipe, tmp_path):  # noqa: 
     assert refused.returncode == 2 and refused.stderr.splitlines()[-1].endswith("Give --allow_unread to skip them.")
     trained(*argv, "--max_steps", "1", "--allow_unread")
     log = (tmp_path / "run/train.log").read_text()
-    assert "64 image files found, 44 listed (train 40, 2 classes; validation 4, 1 class)" in log
+    assert log.count("64 image files found, 44 listed (train 40, 2 classes; validation 4, 1 class)") == 1
+    assert log.count("Device: 1 process on CPU, 1 thread, fp32\n") == 1 and "cpu, no" not in log
 
 
 def test_large_folder_is_listed_without_reading_files(tmp_path, monkeypatch):

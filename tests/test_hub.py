@@ -12,8 +12,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel
 
+from training.publish import publish_from_command_line
+
 from .commands import command
 from .hub import Hub
+from .test_bad_input import answer
 from .test_training import losses, recipe  # noqa: F401
 from .without_package import run_without_package
 
@@ -123,6 +126,23 @@ def test_upload_that_fails_loses_nothing_and_says_how_to_try_again(recipe, parqu
         repository = hub.repositories["models/tester/tiny"]
         assert "model.safetensors" in repository.files and repository.private
         assert b'Auto.from_pretrained("tester/tiny", trust' in repository.files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "name", "message"),
+    [
+        ("missing", "a/b", "output_dir must be the folder of a finished run, got missing, which does not exist."),
+        (".", "a/b", "output_dir must hold a finished run, got ., which has no config.json and no README.md."),
+        ("missing", "a/b/c", "hub_model_id a/b/c is no name for the Hub"),
+    ],
+)
+def test_publish_checks_its_arguments_before_the_login(output_dir, name, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.publish.get_token", lambda: None)
+    assert message in answer(publish_from_command_line, (output_dir, name), capsys)
+    for file in ("config.json", "README.md"):
+        Path(file).write_text("{}")
+    assert "nobody is logged in to the Hub" in answer(publish_from_command_line, (".", "a/b"), capsys)
 
 
 @pytest.mark.parametrize(

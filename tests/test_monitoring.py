@@ -1,6 +1,7 @@
 """What can be seen of a run, and that nothing that only shows it can stop it; by the real commands."""
 
 import logging
+import re
 import warnings
 
 import pytest
@@ -95,6 +96,41 @@ def test_resumed_run_goes_on_in_its_log_and_in_tensorboard(plain, recipe, parque
     trained(*argv, "--overwrite_output_dir", "--max_steps", "2", "--eval_steps", "2")
     assert scalars(tmp_path) == pytest.approx(numbers(tmp_path), rel=1e-6)
     assert (tmp_path / "train.log").read_text().count("settings:") == 1
+
+
+WAITING = """
+from contextlib import contextmanager
+from types import SimpleNamespace
+from training import monitor
+from training.__main__ import main
+now, steps, count, waiting = [0.0], [], monitor.Monitor.count, monitor.Monitor.waiting
+monitor.time = SimpleNamespace(perf_counter=lambda: now[0])
+
+def count_by_clock(self, images):
+    steps.append(images)
+    now[0] += 1
+    count(self, images)
+
+@contextmanager
+def waiting_by_clock(self):
+    with waiting(self):
+        now[0] += 3 if len(steps) >= {slow} else 0
+        yield
+
+monitor.Monitor.count, monitor.Monitor.waiting = count_by_clock, waiting_by_clock
+main()
+"""
+
+
+@pytest.mark.parametrize(("slow", "step"), [(0, 52), (60, 102)])
+def test_waiting_for_data_is_advised_on_after_many_steps(recipe, parquet_folder, tmp_path, slow, step):  # noqa: F811
+    """Steps take 1 s, and from `slow` on batches 3 s, as long as a clock of our own says; windows are of 50 steps."""
+    argv = flags(recipe, parquet_folder, tmp_path / "run", "--max_steps", 110, "--logging_steps", 2)
+    finished = scripted(WAITING.format(slow=slow), tmp_path, *argv, "--report_to", "none", "--save_steps", 0)
+    assert finished.returncode == 0, finished.stderr
+    found = re.findall(r"^step (\d+): (\d+)% of the time is spent waiting for data: ", finished.stdout, re.M)
+    share = 75 if slow == 0 else round(100 * 3 * 42 / (50 + 3 * 42))
+    assert found == [(str(step), str(share))]
 
 
 TRACKER = """

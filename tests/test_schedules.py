@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from training import TrainingArguments
@@ -47,5 +49,16 @@ def test_temperature_and_freeze_change_by_epoch():
 def test_more_warmup_than_steps_is_refused(name):
     args = TrainingArguments(dataset_name="x", output_dir="y", warmup_epochs=0)
     setattr(args, name, 5)
-    with pytest.raises(ValueError, match=f"{name} = 5 is 50 steps at 10 steps an epoch, and the training has only 40"):
+    message = f"{name} must be at most 4, got 5: the training has only 40 steps, 10 an epoch. Give --{name} 4."
+    with pytest.raises(ValueError, match=re.escape(message)):
         Schedule(args, steps_per_epoch=10, num_steps=40, global_batch_size=64)
+
+
+@pytest.mark.parametrize(("name", "most"), [("warmup_epochs", 0.28), ("warmup_teacher_temp_epochs", 0)])
+def test_warmup_that_is_proposed_is_allowed(name, most):
+    args = TrainingArguments(dataset_name="x", output_dir="y", warmup_epochs=0)
+    setattr(args, name, 5)
+    with pytest.raises(ValueError, match=rf"Give --{name} {most}\.$"):
+        Schedule(args, steps_per_epoch=7, num_steps=2, global_batch_size=64)
+    setattr(args, name, most)
+    Schedule(args, steps_per_epoch=7, num_steps=2, global_batch_size=64)

@@ -264,6 +264,43 @@ def test_every_synonym_names_something_that_exists_and_no_setting():
             assert meaning in settings or proposed(meaning), name
 
 
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [("momentum", "momentum_teacher"), ("ema", "momentum_teacher"), ("center", "centering"), ("solarize_prob", None),
+     ("warmup_teacher", "warmup_teacher_temp"), ("seeds", "seed"), ("centre_momentum", "center_momentum")],
+)  # fmt: skip
+def test_settings_that_begin_as_what_was_given_come_first(given, ours, capsys):
+    message = answer(train_from_command_line, (f"--{given}", "0.9", *DATA), capsys)
+    assert message.endswith(f"there is no option --{given}, did you mean --{ours or 'solarize_probability'}?")
+
+
+def test_name_of_a_recipe_is_answered_by_the_nearest(capsys):
+    message = answer(train_from_command_line, ("--config", "own_images", *DATA), capsys)
+    assert message.endswith("there is no file own_images, did you mean own_images_cpu?")
+
+
+UNUSUAL = {
+    ("teacher_temp", 2): "teacher_temp should be at most student_temp = 0.1, got 2.",
+    ("warmup_teacher_temp", 0.2): "warmup_teacher_temp should be at most student_temp = 0.1, got 0.2.",
+    ("local_crop_size", 24): "local_crop_size should be at most global_crop_size = 16, got 24.",
+    ("local_crops_scale", (0.5, 1)): "local_crops_scale should end at most at 0.9, where global_crops_scale ends, got",
+}
+
+
+def test_senseless_settings_are_warned_of_in_a_line_each(recipe, parquet_folder, tmp_path):  # noqa: F811
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run", "--dry_run")
+    argv += ("--global_crops_scale", 0.4, 0.9, "--num_local_crops", 1, "--student_temp", 0.1)
+    assert command(*argv, "--teacher_temp", 0.1).stderr == ""
+    values = [(value if isinstance(value, tuple) else (value,)) for _, value in UNUSUAL]
+    flags = sum(((f"--{name}", *value) for (name, _), value in zip(UNUSUAL, values)), ())
+    finished = command(*argv, *flags)
+    assert finished.returncode == 0
+    for line, expected in zip(finished.stderr.splitlines(), UNUSUAL.values(), strict=True):
+        assert line.startswith(expected) and line.endswith(".")
+    trained(*argv[:-8], "--max_steps", 1, "--teacher_temp", 2, "--report_to", "none")
+    assert f"WARNING training.train: {UNUSUAL['teacher_temp', 2]}" in (tmp_path / "run/train.log").read_text()
+
+
 def test_fields_of_the_config_are_answered_by_meaning(capsys):
     for field, ours in (("embed_dim", "hidden_size"), ("depth", "num_hidden_layers"), ("img_size", "image_size")):
         message = answer(train_from_command_line, ("--config_overrides", f"{field}=8", *DATA), capsys)
@@ -315,7 +352,9 @@ def test_every_synonym_of_evaluations_names_an_option(protocols):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "Did you mean timm/resnet18?"),
+        ("resnet18", "model_config: there is no file resnet18. Did you mean timm/resnet18?"),
+        ("resnet101", "there is no file resnet101. Did you mean timm/resnet101?"),
+        ("vit_smal_patch16", "there is no file vit_smal_patch16. Did you mean vit_small_patch16?"),
         ("vit_tiny", "Did you mean vit_tiny_patch16 or vit_tiny_patch8?"),
         ("vit_small", "Did you mean vit_small_patch16 or vit_small_patch8?"),
         ("facebook/dino-vits16", "dino-convert facebook/dino-vits16 FOLDER, then --init_from FOLDER --model_config "),
@@ -323,7 +362,7 @@ def test_every_synonym_of_evaluations_names_an_option(protocols):
         ("timm/vit_small", "got timm/vit_small. Did you mean timm/vit_small_patch8_224 or timm/vit_small_"),
         ("timm/nope", "model_config must be a network of timm, got timm/nope. timm.list_models() lists them all."),
         ("timm/", "model_config must be a network of timm, got timm/. timm.list_models() lists them all."),
-        ("vit_huge", "those that come with the package are convnext_tiny, "),
+        ("vit_huge", "Give timm/NAME for a network of timm, or one of convnext_tiny, "),
         ("FOLDER", "FOLDER/config.json"),
     ],
 )
@@ -338,7 +377,7 @@ def test_network_of_timm_without_timm_is_answered(monkeypatch, capsys):
     message = answer(train_from_command_line, ("--model_config", "timm/resnet18", *DATA), capsys)
     assert "model_config timm/resnet18 needs timm. Install it: pip install timm." in message
     message = answer(train_from_command_line, ("--model_config", "resnet18", *DATA), capsys)
-    assert message.endswith("; timm/NAME is any network of timm")
+    assert "there is no file resnet18. Give timm/NAME for a network of timm, or one of convnext_tiny, " in message
 
 
 def test_network_of_timm_is_trained_by_its_name(recipe, parquet_folder, tmp_path):  # noqa: F811
@@ -368,13 +407,27 @@ def test_converted_weights_train_by_their_own_config(recipe, parquet_folder, tmp
 
 # ----------------------------------------------------------------------------------------------------------- help
 
-COMMANDS = ("training", "training.check", "training.publish", "modeling_dino.convert_dino_checkpoint", "evaluation")
+# by the name of a command, the module behind it
+SCRIPTS = dict(re.findall(r'"(dino-\w+) = ([\w.]+):main"', (CONFIGS.parent / "setup.py").read_text()))
+COMMANDS = [module.removesuffix(".__main__") for module in SCRIPTS.values()]
 
 
 def help_of(module: str, capsys, *argv) -> str:
     finished = command(*argv, "--help", module=module)
     assert finished.returncode == 0, finished.stderr
     return " ".join(finished.stdout.split())
+
+
+def test_every_command_is_a_module_that_runs():
+    assert SCRIPTS.keys() == {f"dino-{name}" for name in ("train", "eval", "check", "publish", "convert")}
+    for name, module in SCRIPTS.items():
+        finished = command("--help", module=module)
+        assert finished.returncode == 0 and finished.stdout.startswith(f"usage: {name} "), module
+
+
+def test_module_of_dino_publish_runs_without_a_warning():
+    finished = command("--help", module="training.publish", launcher=("-m",))
+    assert finished.returncode == 0 and finished.stderr == "" and "usage: dino-publish" in finished.stdout
 
 
 def test_help_shows_no_default_where_there_is_none(protocols, capsys):

@@ -1,5 +1,6 @@
 """Whole runs through the real commands, on a network of a few thousand parameters."""
 
+import itertools
 import json
 import math
 import os
@@ -107,7 +108,7 @@ def test_training_goes_on_from_a_checkpoint_of_the_original(recipe, parquet_fold
     )
     finished = command("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "no",
                        "--resume_from_checkpoint", tmp_path / "converted")  # fmt: skip
-    assert finished.returncode == 2 and "weights alone are for --init_from" in finished.stderr
+    assert finished.returncode == 2 and "Weights alone are for --init_from" in finished.stderr
     original = torch.load(FIXTURES / "checkpoint.pth", weights_only=False)
     assert torch.equal(center, original["dino_loss"]["center"])
     for ours, theirs in ((student, original["student"]), (teacher, original["teacher"])):
@@ -214,7 +215,33 @@ def test_curves_show_what_decides_the_verdict(run, tmp_path, monkeypatch, with_k
         curve, limit = axes[title].lines
         assert curve.get_ydata().tolist() == [line[title.replace(" ", "_")] for line in lines]
         assert limit.get_ydata()[0] == pytest.approx(0.1 if title == "target information" else math.log(64))
-    assert axes["target information"].get_title().endswith(f"verdict: {lines[-1]['verdict']}")
+    assert figures[0].get_suptitle() == f"Verdict: {lines[-1]['verdict']}"
+
+
+@pytest.mark.parametrize("steps", [[1], [6], [1, 2, 3], [2, 4, 6], range(10, 12_001, 10), range(1, 151)])
+def test_curves_of_few_steps_are_legible(steps, run, tmp_path, monkeypatch):
+    """No fractions of steps, and no text over another or a point."""
+    line = next(line for line in metrics(run[0]) if "loss" in line) | {"verdict": "collapsing to one output"}
+    lines = [line | {"step": step, "loss": 4.2, "teacher_entropy": 4.15} for step in steps]  # near ln K
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    draw_curves(tmp_path, 64)
+    [figure, _] = figures
+    figure.draw_without_rendering()
+    texts = [figure._suptitle]
+    for axis in figure.axes:
+        ticks = axis.get_xticks()
+        shown = [tick for tick in ticks if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        assert (ticks == ticks.round()).all() and len(shown) >= 2
+        texts += [axis.title, *axis.texts, axis.xaxis.label]
+        texts += [label for label in axis.get_xticklabels() if axis.get_xlim()[0] <= label._x <= axis.get_xlim()[1]]
+        [name] = axis.texts
+        points = axis.transData.transform(axis.lines[0].get_xydata())
+        assert not any(name.get_window_extent().contains(*point) for point in points)
+    boxes = [text.get_window_extent() for text in texts]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_run_resumes_as_if_it_had_never_stopped(run, recipe, parquet_folder, tmp_path):
@@ -261,6 +288,16 @@ def test_finished_run_resumed_elsewhere_is_published_there(run, recipe, parquet_
             [line["knn_10_top1"] for line in metrics(f) if "knn_10_top1" in line] for f in (tmp_path, run[0])
         ]
         assert accuracies[0] == accuracies[1][-1:] and "k-NN of the features on the split `test`" in card
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step_0000011", "checkpoints/step_0000003/student"])
+def test_folder_near_a_checkpoint_is_answered_by_the_newest(run, recipe, parquet_folder, tmp_path, given):
+    argv = ("--config", recipe, "--dataset_name", parquet_folder, "--output_dir", tmp_path / "run")
+    finished = command(*argv, "--resume_from_checkpoint", run[0] / given)
+    newest = run[0] / "checkpoints/step_0000010"
+    *_, line = finished.stderr.splitlines()
+    assert finished.returncode == 2 and f"got {run[0] / given}. Give {newest}." in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import warnings
 
 from evaluation.interruption import EXIT_CODE, interruption
 
@@ -18,6 +19,9 @@ def _is_command() -> bool:
 if _is_command():  # the libraries take seconds to import
     interruption.listen("dino-train", EXIT_CODE, " before the first step")
     interruption.announce("importing PyTorch and transformers")
+
+# by `python -m training.publish`, which this package imports itself
+warnings.filterwarnings("ignore", "'training.publish' found in sys.modules", RuntimeWarning)
 
 from .arguments import TrainingArguments  # noqa: E402
 from .loss import DINOLoss  # noqa: E402

@@ -52,6 +52,7 @@ SYNONYMS = {
     "wd": "weight_decay", "freeze_last_layer": "freeze_last_layer_epochs", "student_temperature": "student_temp",
     "teacher_temperature": "teacher_temp", "warmup_teacher_temperature": "warmup_teacher_temp",
     "teacher_momentum": "momentum_teacher", "model_ema_decay": "momentum_teacher", "ema_decay": "momentum_teacher",
+    "ema": "momentum_teacher",
     "arch": "model_config", "model": "model_config", "backbone": "model_config", "model_name": "model_config",
     "config_name": "model_config", "config_name_or_path": "model_config", "model_type": "model_config",
     "model_name_or_path": "init_from", "pretrained_weights": "init_from", "pretrained": "init_from",
@@ -329,6 +330,30 @@ class TrainingArguments(AugmentationArguments):
         return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels)
 
 
+def find_unusual(args: TrainingArguments) -> list[str]:
+    """Return a warning for each setting that is allowed but hardly meant."""
+    warnings = []
+    for name in ("teacher_temp", "warmup_teacher_temp"):
+        if getattr(args, name) > args.student_temp:
+            warnings.append(
+                f"{name} should be at most student_temp = {args.student_temp:g}, got {getattr(args, name):g}. "
+                "Targets that are softer than the student's output can lead to collapse."
+            )
+    if args.num_local_crops:
+        if args.local_crop_size > args.global_crop_size:
+            warnings.append(
+                f"local_crop_size should be at most global_crop_size = {args.global_crop_size}, got "
+                f"{args.local_crop_size}. Local crops are the smaller ones."
+            )
+        local, largest = args.local_crops_scale[1], args.global_crops_scale[1]
+        if local > largest:
+            warnings.append(
+                f"local_crops_scale should end at most at {largest:g}, where global_crops_scale ends, got {local:g}. "
+                "Local crops show less of an image."
+            )
+    return warnings
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to a help text, unless there is none or the text says it."""
 
@@ -393,7 +418,12 @@ def parse_arguments(argv: list[str], prog: str = "dino-train") -> TrainingArgume
         argv = recipe + argv
     namespace = vars(parser.parse_args(argv))
     if given.config is not None and given.config_overrides:
-        namespace["config_overrides"] = recipe_overrides + given.config_overrides  # the last of a field counts
+        overrides = {}
+        for override in recipe_overrides + given.config_overrides:  # the last of a field counts
+            field = override.partition("=")[:2]
+            overrides.pop(field, None)
+            overrides[field] = override
+        namespace["config_overrides"] = [*overrides.values()]
         if recipe_overrides:
             origins["config_overrides"] = f"{path.name}, flag"
     names = [field.name for field in dataclasses.fields(TrainingArguments)]

@@ -146,7 +146,7 @@ def report(found: Findings, reading: Reading, value_range: list | None) -> Itera
     if found.sizes:
         heights, widths = zip(*found.sizes)
         dtypes = ", ".join(f"{number} of {dtype}" for dtype, number in found.dtypes.most_common())
-        yield f"{min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high; {dtypes}"
+        yield f"{_range(widths)} pixels wide, {_range(heights)} high; {dtypes}"
     yield from _advice(found, reading)
     is_mixed = len(found.dtypes) > 1
     if is_mixed and (value_range is None or not isinstance(value_range[0], str)):
@@ -161,6 +161,10 @@ def report(found: Findings, reading: Reading, value_range: list | None) -> Itera
         )
     if value_range is None and found.num_floats:
         yield f"training stops at the {found.num_floats} images of floats without --value_range"
+
+
+def _range(numbers: tuple[int, ...]) -> str:
+    return f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else f"{numbers[0]}"
 
 
 def _advice(found: Findings, reading: Reading) -> Iterator[str]:

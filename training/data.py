@@ -38,6 +38,7 @@ from modeling_dino.command_line import one_line
 from .agreement import Agreement
 from .arguments import TrainingArguments
 from .augmentation import CropBatch, MultiCrop, collate, finish_crops
+from .start import count, explain_too_few
 
 
 SHUFFLE_WINDOW = 1024  # images of a stream that are shuffled among each other
@@ -406,10 +407,7 @@ class CropLoader:
                         images, filled = [], 0
                 taken = 0
             if not position:
-                raise ValueError(
-                    f"{self.args.dataset_name} has fewer images than one batch of {self.global_batch_size} for all "
-                    "processes"
-                )
+                raise ValueError(explain_too_few(self.args, filled, self.global_batch_size))
             epoch, position, window = epoch + 1, 0, None
 
     def _batches_of_step(self, epoch: int, position: int, images: list, state: dict) -> Iterator[Images]:
@@ -463,12 +461,12 @@ class CropLoader:
                 "the stream is slower than the training; do without --streaming, which reads the data once and for all"
             )
         if workers < cores:
-            return f"raise --num_workers, which is {workers}; there are {cores} cores for each process"
+            return f"raise --num_workers, which is {workers}; there are {count(cores, 'core')} for each process"
         if self.args.augmentation_device == "host" and torch.cuda.is_available():
             return "--augmentation_device device takes the colours off the workers"
         return (
-            f"{workers} workers keep all {cores} cores busy; store the images smaller, lower --num_local_crops or "
-            "take a machine of more cores"
+            f"{count(workers, 'worker')} on {count(cores, 'core')} cannot go faster; store the images smaller, lower "
+            "--num_local_crops or take a machine with more cores"
         )
 
     def state_dict(self) -> dict:

@@ -5,10 +5,9 @@ that of a few steps on this device, see `measure_step`.
 """
 
 import dataclasses
-import math
+import textwrap
 from collections.abc import Iterator
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -25,8 +24,10 @@ from .fused_loss import fused_cross_entropy
 from .gradient import student_passes
 from .schedules import Schedule
 from .speed import describe_device, measure_step
+from .start import describe_batch, duration
 
 
+WIDTH = 79  # of what is printed, but for paths
 NUM_MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # fp32 copies of the trained parameters that an optimiser keeps
 
 
@@ -68,14 +69,28 @@ def find_origins(args: TrainingArguments) -> dict[str, str]:
 
 
 def _settings(args: TrainingArguments) -> str:
-    """What was given comes first; defaults go in two columns."""
+    """Return the settings by origin: what was given, defaults, and what is not set."""
     origins = find_origins(args)
     del origins["dry_run"]
-    given = [(name, origin, _shown(getattr(args, name))) for name, origin in origins.items() if origin != "default"]
-    defaults = [(name, _shown(getattr(args, name))) for name, origin in origins.items() if origin == "default"]
-    half = math.ceil(len(defaults) / 2)
-    side_by_side = [left + right for left, right in zip_longest(defaults[:half], defaults[half:], fillvalue=("", ""))]
-    return "\n".join(["Settings", *_columns(given), "", "Settings left at their default", *_columns(side_by_side)])
+    values = {name: _shown(getattr(args, name)) for name in origins}
+    titles = {"flag": "Settings given as flags", "given": "Settings given in Python"}
+    sections = []
+    for origin in dict.fromkeys(origins.values()):
+        if origin != "default":
+            title = titles.get(origin) or f"Settings of {origin.replace(', flag', ' and flags')}"
+            rows = [(name, value) for name, value in values.items() if origins[name] == origin]
+            sections.append("\n".join([title, *_columns(rows)]))
+    defaults = {name: value for name, value in values.items() if origins[name] == "default"}
+    pairs = ", ".join(f"{name} {value}".replace(" ", "\0") for name, value in defaults.items() if value != "none")
+    unset = ", ".join(name for name, value in defaults.items() if value == "none")
+    default = ["Settings left at their default", _paragraph(pairs).replace("\0", " ")]
+    return "\n\n".join([*sections, "\n".join(default), f"Settings not given\n{_paragraph(unset)}"])
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _shown(value) -> str:
@@ -87,9 +102,17 @@ def _shown(value) -> str:
 
 
 def _columns(rows: list[tuple[str, ...]], align: str = "<") -> list[str]:
-    """Rows as indented lines, their cells below one another."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  " + "  ".join(f"{cell:{align}{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    """Return rows as indented lines, their cells below one another; a long last cell continues on further lines."""
+    *widths, _ = [max(map(len, column)) for column in zip(*rows)]
+    room = WIDTH - sum(width + 2 for width in widths) - 2
+    lines = []
+    for row in rows:
+        *first, last = row
+        parts = textwrap.wrap(last, room, break_long_words=False, break_on_hyphens=False) or [""]
+        cells = [f"{cell:{align}{width}}" for cell, width in zip(first, widths)]
+        lines.append("  " + "  ".join([*cells, parts[0]]))
+        lines += [" " * (WIDTH - room) + part for part in parts[1:]]
+    return lines
 
 
 def _data(
@@ -100,15 +123,10 @@ def _data(
     checkpoint: Path | None,
 ) -> str:
     num_processes = args.dry_run_processes or accelerator.num_processes
-    factors = [
-        (num_processes, "processes" if num_processes > 1 else "process"),
-        (args.per_device_train_batch_size, "images"),
-    ]
-    if accelerator.gradient_accumulation_steps > 1:
-        factors.append((accelerator.gradient_accumulation_steps, "accumulated"))
+    global_batch_size = num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = [
         ("images per epoch", "unknown" if num_images is None else f"{num_images:,}"),
-        ("global batch", f"{math.prod(n for n, _ in factors):,} = {' x '.join(f'{n} {what}' for n, what in factors)}"),
+        ("global batch", describe_batch(args, global_batch_size)),
         ("steps per epoch", f"{schedule.steps_per_epoch:,}"),
         ("steps in all", f"{schedule.num_steps:,}"),
         ("peak learning rate", f"{schedule.peak_learning_rate:g}"),
@@ -130,7 +148,8 @@ def _schedule(schedule: Schedule) -> str:
         *(schedule.num_steps * quarter // 4 for quarter in (1, 2, 3)),
         last,
     }
-    rows = [("step", "epoch", "learning rate", "weight decay", "momentum", "temperature", "last layer", "backbone")]
+    rows = [("step", "epoch", "learning rate", "weight decay", "momentum", "temp.", "frozen")]
+    frozen = {(False, False): "none", (True, False): "last layer", (False, True): "backbone", (True, True): "both"}
     for step in sorted(step for step in steps if step <= last):
         now = schedule(step)
         rows.append(
@@ -141,8 +160,7 @@ def _schedule(schedule: Schedule) -> str:
                 f"{now.weight_decay:.5f}",
                 f"{now.teacher_momentum:.7f}",
                 f"{now.teacher_temp:.4f}",
-                "frozen" if now.freeze_last_layer else "trained",
-                "frozen" if now.freeze_backbone else "trained",
+                frozen[now.freeze_last_layer, now.freeze_backbone],
             )
         )
     return "\n".join(["Schedule (momentum and temperature are the teacher's)", *_columns(rows, align=">")])
@@ -238,10 +256,13 @@ def _memory(args: TrainingArguments, student: DINOForPreTraining, accelerator: A
     precision = accelerator.mixed_precision
     activations = activation_bytes(args, student.train(), is_mixed=precision != "no")
     title = f"activations, estimated, {'fp32' if precision == 'no' else precision}"
-    rows = [*parts.items(), (title, activations), ("in all", sum(parts.values()) + activations)]
-    rows = [(name, f"{number / 2**30:8.3f} GiB") for name, number in rows]
-    note = "  Activations are what a batch keeps for its backward pass; kernels and the allocator take more."
-    return "\n".join(["Memory per device", *_columns(rows), note])
+    total = sum(parts.values()) + activations
+    unit, size = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    rows = [*parts.items(), (title, activations), ("in all", total)]
+    numbers = [f"{number / size:,.{3 if unit == 'GiB' else 1}f}" for _, number in rows]
+    rows = [(name, f"{number:>{len(numbers[-1])}} {unit}") for (name, _), number in zip(rows, numbers)]
+    note = "Activations are what a batch keeps for its backward pass; kernels and the allocator take more."
+    return "\n".join(["Memory per device", *_columns(rows), _paragraph(note)])
 
 
 def _time(args: TrainingArguments, student: DINOForPreTraining, schedule: Schedule, accelerator: Accelerator) -> str:
@@ -256,16 +277,12 @@ def _time(args: TrainingArguments, student: DINOForPreTraining, schedule: Schedu
         ("device", describe_device(accelerator)),
         ("measured", measured if step.num_measured < args.per_device_train_batch_size else "whole steps"),
         ("a step", f"{step.seconds:.3g} s for {step.num_images} images of a process"),
-        ("an epoch", _duration(step.seconds * schedule.steps_per_epoch)),
-        ("all steps", _duration(step.seconds * schedule.num_steps)),
+        ("an epoch", duration(step.seconds * schedule.steps_per_epoch)),
+        ("all steps", duration(step.seconds * schedule.num_steps)),
     ]
-    notes = ["  Networks and optimizer alone: reading images comes on top where it is slower."]
+    notes = ["Networks and optimizer alone: reading images comes on top where it is slower."]
     if (args.dry_run_processes or accelerator.num_processes) > 1:
-        notes.append("  As if each process had such a device; exchange between them comes on top.")
+        notes.append("As if each process had such a device; exchange between them comes on top.")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        notes.append("  Measured without torch.compile.")
-    return "\n".join(["Time, measured on this machine", *_columns(rows), *notes])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+        notes.append("Measured without torch.compile.")
+    return "\n".join(["Time, measured on this machine", *_columns(rows), *map(_paragraph, notes)])

@@ -27,6 +27,8 @@ from .verdict import FAILING, NO_INFORMATION, TOO_EARLY, Judge
 
 
 DATA_WAIT_LIMIT = 0.2  # share of the time, above which there is advice
+MIN_WAIT_STEPS = 50  # steps in which the wait for data is measured, before there is advice
+NUM_STARTING_STEPS = 2  # at the start of a process, which also set up workers and libraries
 MAX_JUDGED = 10_000  # lines, of some KiB each
 NARROWEST_CROP = 60  # pixels in crops.png, as wide as a title
 NUM_PROGRESS_LINES = 6  # where there is no terminal for a bar; and one of the start
@@ -47,6 +49,7 @@ class Bar(tqdm):
 
     def __init__(self, total: int, initial: int, enabled: bool):
         self.values = []  # of the last line of metrics, the most important first
+        self.left = None  # time to the last step, as MM:SS, once it has been measured
         file = sys.stdout if is_notebook() else sys.stderr  # lines and bar in turn would leave a trace of each bar
         disable = not enabled or not (is_notebook() or file.isatty())
         # nrows: tqdm hides bars where a terminal says that it has no rows
@@ -55,8 +58,10 @@ class Bar(tqdm):
     def __str__(self) -> str:
         values, width = self.format_dict | {"ncols": None}, width_of(self.fp)
         steps, graph = "{n_fmt}/{total_fmt}", "{percentage:3.0f}%|{bar:10}| "
-        left = "{remaining} left" if self.n > self.initial else "waiting for the first step"
-        parts = [steps, *self.values[:1], left, *self.values[1:3], graph, *self.values[3:]]
+        left = [f"{self.left} left"] if self.left else []
+        if self.n == self.initial:
+            left = ["waiting for the first step"]
+        parts = [steps, *self.values[:1], *left, *self.values[1:3], graph, *self.values[3:]]
         shown = ""
         for number in range(1, len(parts) + 1):
             texts = [part for part in parts[:number] if part is not graph]
@@ -114,14 +119,15 @@ class Monitor:
                 self.judged += [line for line in kept if "verdict" in line]
         self.verdict = self.judged[-1]["verdict"] if self.judged else TOO_EARLY
         self.said = next((line["verdict"] for line in reversed(self.judged) if line["verdict"] != TOO_EARLY), None)
-        self.bar = Bar(num_steps, first_step, enabled)
+        self.bar = Bar(num_steps, first_step, enabled and first_step < num_steps)
         self.since = time.perf_counter()
-        self.steady = self.since, first_step  # when the first step, which also sets up libraries, was done; its number
+        self.step = first_step
+        self.started = self.since  # when NUM_STARTING_STEPS were done
         self.progress = -1  # of NUM_PROGRESS_LINES
         self.images = 0
         self.waited = 0.0  # seconds since the last line of metrics
         self.data_advice = data_advice
-        self.num_lines = 0  # of training metrics
+        self.wait_window = None  # first step, seconds that were waited, seconds in all
         self.advised = False
         self.skipped = Counter()  # images by kind of fault, of this process since it started
         self.skipped_file = output_dir / "skipped.jsonl"
@@ -165,8 +171,19 @@ class Monitor:
         self.waited += time.perf_counter() - start
 
     def count(self, images: int) -> None:
-        """One step done, on this many images of all processes."""
+        """Count one step, on this many images of all processes, and estimate the time that is left.
+
+        The estimate is the mean time of the steps after the first NUM_STARTING_STEPS of this process, with checkpoints
+        and evaluations between them, times the steps that are left.
+        """
         self.images += images
+        self.step += 1
+        num_measured = self.step - self.first_step - NUM_STARTING_STEPS
+        if num_measured == 0:
+            self.started = time.perf_counter()
+        elif num_measured > 0:
+            mean = (time.perf_counter() - self.started) / num_measured
+            self.bar.left = tqdm.format_interval(mean * (self.num_steps - self.step))
         self.bar.update()
 
     def pause(self) -> float:
@@ -176,13 +193,11 @@ class Monitor:
         """Leaves out of images/s what has passed since `elapsed = pause()`."""
         self.since = time.perf_counter() - elapsed
 
-    def show_first(self, step: int, values: dict[str, float], is_cpu: bool) -> None:
-        """Show the first step at once, and on a CPU what it says of the whole run; a GPU's warms up."""
+    def show_first(self, step: int, values: dict[str, float]) -> None:
+        """Show the first step at once. Its time says nothing of the others: it sets up workers and libraries."""
         seconds = time.perf_counter() - self.since
-        self.steady = time.perf_counter(), step
-        left = f", so about {duration(seconds * (self.num_steps - step))} are left" if is_cpu else ""
         self.bar.values = [f"loss {values['loss']:.3f}", f"{values['loss_over_ln_k']:.2f} ln K"]
-        self.say(f"step {step} of {self.num_steps}: {', '.join(self.bar.values)}, took {duration(seconds)}{left}")
+        self.say(f"step {step} of {self.num_steps}: {', '.join(self.bar.values)}, took {duration(seconds)}")
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """A line of training metrics after `step` steps; adds images/s and `data_wait`, since the last one.
@@ -190,8 +205,8 @@ class Monitor:
         `data_wait` is the share of the time in which the training waited for its next batch. Without workers, it
         decodes and crops by itself meanwhile.
         """
-        elapsed = time.perf_counter() - self.since
-        images_per_second, data_wait = self.images / elapsed, self.waited / elapsed
+        elapsed, waited = time.perf_counter() - self.since, self.waited
+        images_per_second, data_wait = self.images / elapsed, waited / elapsed
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
         measured = {
             "images_per_second": images_per_second,
@@ -213,16 +228,26 @@ class Monitor:
         summary = ", ".join(self.bar.values)
         progress = step * NUM_PROGRESS_LINES // self.num_steps
         if self.bar.disable and progress > self.progress:
-            start, first = self.steady
-            left = (time.perf_counter() - start) / max(step - first, 1) * (self.num_steps - step)
-            self.say(f"step {step} of {self.num_steps}: {summary}, {tqdm.format_interval(left)} left")
+            left = f", {self.bar.left} left" if self.bar.left else ""
+            self.say(f"step {step} of {self.num_steps}: {summary}{left}")
             self.progress = progress
         elif self.enabled:
             logger.info("step %d of %d: %s", step, self.num_steps, summary)
-        self.num_lines += 1
-        advice = self.data_advice()
-        if data_wait > DATA_WAIT_LIMIT and self.num_lines > 1 and not self.advised:  # the first is of the start, too
-            self.say(f"step {step}: {data_wait:.0%} of the time is spent waiting for data: {advice}")
+        self._advise(step, waited, elapsed)
+
+    def _advise(self, step: int, waited: float, elapsed: float) -> None:
+        """Say once what would make the data faster, if the training waits for it."""
+        if self.wait_window is None:  # the first line is of the start, too
+            self.wait_window = step, 0.0, 0.0
+            self.data_advice()  # which is of the time since it was asked last
+            return
+        first, waited, elapsed = (sum(pair) for pair in zip(self.wait_window, (0, waited, elapsed)))
+        self.wait_window = first, waited, elapsed
+        if self.advised or step - first < MIN_WAIT_STEPS:
+            return
+        self.wait_window, advice = (step, 0.0, 0.0), self.data_advice()
+        if waited > DATA_WAIT_LIMIT * elapsed:
+            self.say(f"step {step}: {waited / elapsed:.0%} of the time is spent waiting for data: {advice}")
             self.advised = True
 
     def _judge(self, step: int, line: dict) -> str:
@@ -364,6 +389,7 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     metrics = read_metrics(output_dir)
     training = [line for line in metrics if "loss" in line]
@@ -374,7 +400,7 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
     limits = (
         (math.log(out_dim), "ln K"),
         (math.log(out_dim), "ln K"),
-        (NO_INFORMATION, f"failing below {NO_INFORMATION}"),
+        (NO_INFORMATION, f"failing\nbelow {NO_INFORMATION}"),
     )
     keys = ("loss", "teacher_entropy", "target_information")
     titles = ("loss [nats]", "teacher entropy [nats]", "target information [nats]")
@@ -383,11 +409,11 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
         marker = "o" if len(points) == 1 else None  # a line of one point is not seen
         axis.plot(*zip(*points), color="#1f5fa8", marker=marker)
         axis.axhline(limit, color="0.6", linewidth=1, linestyle="--")
-        axis.annotate(name, (1, limit), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                      textcoords="offset points", ha="right", color="0.4")  # fmt: skip
-        axis.set(title=title, ylim=(0, None))
+        axis.annotate(name, (1, limit), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                      textcoords="offset points", va="center", color="0.4")  # fmt: skip
+        axis.set(title=title, ylim=(0, 1.05 * axis.get_ylim()[1]))  # so that no point lies on the edge
     if verdicts := [line["verdict"] for line in training if "verdict" in line]:
-        axes[2].set_title(f"{titles[2]}, verdict: {verdicts[-1]}")
+        figure.suptitle(f"Verdict: {verdicts[-1]}")
     if knn:
         keys = [key for key in knn[0] if key.endswith("_top1")]
         for key, shade in zip(keys, plt.cm.viridis([i / max(len(keys), 1) for i in range(len(keys))])):
@@ -396,7 +422,8 @@ def draw_curves(output_dir: Path, out_dim: int) -> Path:
         axes[3].set(title="k-NN of the teacher, top-1 [%]")
         axes[3].legend(frameon=False)
     for axis in axes:
-        axis.set_xlabel("step")
+        axis.set(xlabel="step", xlim=(0, None))  # few steps, or one, would be shown with fractions of steps
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
     path = output_dir / "figures" / "curves.png"

@@ -110,8 +110,8 @@ def read_fields(name: str) -> dict:
         return {"backbone_config": {"model_type": "timm_wrapper", "architecture": architecture}}
     try:
         path = find_config(name, CONFIGS / "models", ".json")
-    except ValueError as error:
-        raise ValueError(f"model_config: {error}{_what_does(name)}") from None
+    except ValueError:
+        raise ValueError(f"model_config: there is no file {name}. {_what_does(name)}") from None
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or UTF-8
@@ -122,23 +122,25 @@ def read_fields(name: str) -> dict:
 
 
 def _what_does(name: str) -> str:
-    """Answer a name that is no config of ours but may be a network's elsewhere."""
+    """Answer a name that is not a config of ours but may be a network's elsewhere; the best answer comes first."""
     if Path(name).is_dir():
-        return f". Give {Path(name) / 'config.json'}."
+        return f"Give {Path(name) / 'config.json'}."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".json"):
         return (
-            f". To start from weights on the Hub: dino-convert {name} FOLDER, then --init_from FOLDER --model_config "
+            f"To start from weights on the Hub: dino-convert {name} FOLDER, then --init_from FOLDER --model_config "
             "FOLDER/config.json."
         )
-    same = [path.stem for path in sorted((CONFIGS / "models").glob("*.json")) if path.stem.startswith(f"{name}_")]
-    if same:
-        return f". Did you mean {' or '.join(same)}?"
+    ours = sorted(path.stem for path in (CONFIGS / "models").glob("*.json"))
+    if same := [each for each in ours if each.startswith(f"{name}_")]:
+        return f"Did you mean {' or '.join(same)}?"
     with suppress(ImportError):
         import timm
 
         if timm.is_model(name):
-            return f". Did you mean timm/{name}?"
-    return "; timm/NAME is any network of timm"
+            return f"Did you mean timm/{name}?"
+    if close := difflib.get_close_matches(name, ours, n=1, cutoff=0.85):  # a slip of the keyboard
+        return f"Did you mean {close[0]}?"
+    return f"Give timm/NAME for a network of timm, or one of {', '.join(ours)}."
 
 
 def warn_of_image_size(config: DINOConfig, args: TrainingArguments, is_resumed: bool) -> None:

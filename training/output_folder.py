@@ -116,7 +116,7 @@ class OutputFolder:
             is_resumed: Whether it continues from a checkpoint of this folder.
 
         Raises:
-            ValueError: says how to keep it, and how to lose it.
+            ValueError: says how to keep the run, and how to replace it.
         """
         if is_resumed or args.overwrite_output_dir:
             return
@@ -124,12 +124,12 @@ class OutputFolder:
         if list_checkpoints(self.path) or (read_metrics(self.path) and not args.resume_from_checkpoint):
             raise ValueError(
                 f"{self.path} holds another run: give another --output_dir, --resume_from_checkpoint latest to "
-                "continue it, or --overwrite_output_dir to lose it"
+                "continue it, or --overwrite_output_dir to replace it"
             )
         if self.is_finished:
             raise ValueError(
                 f"{self.path} holds a finished run, and no checkpoint to resume from: give another --output_dir, or "
-                "--overwrite_output_dir to lose it"
+                "--overwrite_output_dir to replace it"
             )
 
     def acquire(self) -> None:

@@ -94,7 +94,7 @@ def write_card(
     if len(sources) <= len(args.mix_with):
         sources.append("own images")
     if args.init_from:
-        start = "other weights of its owner's" if is_path(args.init_from) else args.init_from
+        start = "weights of a local folder" if is_path(args.init_from) else args.init_from
     else:
         start = "" if is_resumed else "random weights"  # a run that goes on does not know
     rows = {
@@ -193,17 +193,27 @@ def _describe_knn(metrics: list[dict], num_steps: int, args: TrainingArguments) 
 
 
 def check_hub_settings(hub_model_id: str | None) -> None:
-    """Finds what would fail after days of training.
+    """Find what would fail after days of training.
 
     Raises:
         ValueError: no name or one that the Hub does not allow, or nobody logged in.
     """
+    check_hub_name(hub_model_id)
+    check_login()
+
+
+def check_hub_name(hub_model_id: str | None) -> None:
+    """Raise ValueError for no name, or one that the Hub does not allow."""
     if not hub_model_id:
         raise ValueError("--push_to_hub needs a name: give --hub_model_id")
     try:
         validate_repo_id(hub_model_id)
     except HFValidationError as error:
         raise ValueError(f"hub_model_id {hub_model_id} is no name for the Hub: {error}") from error
+
+
+def check_login() -> None:
+    """Raise ValueError if nobody is logged in to the Hub."""
     if get_token() is None:
         raise ValueError("nobody is logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
 
@@ -215,6 +225,34 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
         ValueError: a folder that lacks files of a finished run; a Hub that cannot be reached or refuses, which the
             message says how to try again. The folder stays as it is.
     """
+    files = files_to_upload(output_dir)
+    try:
+        api = HfApi()
+        repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
+        card = output_dir / "README.md"
+        if is_classifier(output_dir):
+            write_text(card, card.read_text(encoding="utf-8").rstrip("\n").replace(ADDRESS, repo_id))
+        else:
+            OutputFolder(output_dir).rewrite("README.md", lambda text: text.replace(ADDRESS, repo_id))
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=output_dir, allow_patterns=files, commit_message="Trained by dino-hf"
+        ).repo_url.url
+    except Exception as error:  # of whatever the Hub, the network or their libraries may raise: nothing is lost by it
+        again = shlex.join(["dino-publish", str(output_dir), hub_model_id] + ["--private"] * private)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the run in {output_dir} is whole, but was not uploaded ({reason}); try again with: {again}"
+        ) from error
+
+
+def files_to_upload(output_dir: Path) -> list[str]:
+    """Return the names of the files that `upload` uploads.
+
+    Raises:
+        ValueError: a folder that lacks files of a finished run.
+    """
+    if not output_dir.is_dir():
+        raise ValueError(f"output_dir must be the folder of a finished run, got {output_dir}, which does not exist.")
     folder = OutputFolder(output_dir)
     files = [str(path.relative_to(output_dir)) for path in _files(output_dir, _PUBLISHED)]
     files = [name for name in files if folder.may_upload(name)]
@@ -229,23 +267,7 @@ def upload(output_dir: Path, hub_model_id: str, private: bool = False) -> str:
         raise ValueError(
             f"output_dir must hold a finished run, got {output_dir}, which has no {' and no '.join(missing)}. {fix}"
         )
-    try:
-        api = HfApi()
-        repo_id = api.create_repo(hub_model_id, private=private, exist_ok=True).repo_id
-        card = output_dir / "README.md"
-        if is_classifier(output_dir):
-            write_text(card, card.read_text(encoding="utf-8").rstrip("\n").replace(ADDRESS, repo_id))
-        else:
-            folder.rewrite("README.md", lambda text: text.replace(ADDRESS, repo_id))
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=output_dir, allow_patterns=files, commit_message="Trained by dino-hf"
-        ).repo_url.url
-    except Exception as error:  # of whatever the Hub, the network or their libraries may raise: nothing is lost by it
-        again = shlex.join(["dino-publish", str(output_dir), hub_model_id] + ["--private"] * private)
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"the run in {output_dir} is whole, but was not uploaded ({reason}); try again with: {again}"
-        ) from error
+    return files
 
 
 def publish_from_command_line(argv: list[str]) -> None:
@@ -255,12 +277,16 @@ def publish_from_command_line(argv: list[str]) -> None:
     parser.add_argument("--private", action="store_true", help="make it private if it is new")
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
     options = parser.parse_args(argv)
-    if not options.output_dir.is_dir():
-        raise ValueError(f"there is no folder {options.output_dir}")
-    check_hub_settings(options.hub_model_id)
+    check_hub_name(options.hub_model_id)
+    files_to_upload(options.output_dir)
+    check_login()
     print(f"uploaded to {upload(options.output_dir, options.hub_model_id, options.private)}")
 
 
 def main() -> None:
     interruption.listen("dino-publish")
     run_process("dino-publish", publish_from_command_line)
+
+
+if __name__ == "__main__":
+    main()

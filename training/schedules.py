@@ -60,9 +60,11 @@ class Schedule:
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             warmup_steps = round(getattr(args, name) * steps_per_epoch)
             if warmup_steps > num_steps:
+                most = math.floor(100 * num_steps / steps_per_epoch) / 100
+                most = int(most) if name == "warmup_teacher_temp_epochs" else most
                 raise ValueError(
-                    f"{name} = {getattr(args, name):g} is {warmup_steps} steps at {steps_per_epoch} steps an epoch, "
-                    f"and the training has only {num_steps}"
+                    f"{name} must be at most {most:g}, got {getattr(args, name):g}: the training has only "
+                    f"{num_steps:,} steps, {steps_per_epoch:,} an epoch. Give --{name} {most:g}."
                 )
 
     def __call__(self, step: int) -> Hyperparameters:

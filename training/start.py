@@ -85,6 +85,28 @@ def estimate_seconds(args: TrainingArguments, student: DINOForPreTraining, is_mi
     return args.per_device_train_batch_size * pixels * seconds / (num_crops * size**2)
 
 
+def describe_batch(args: TrainingArguments, global_batch_size: int) -> str:
+    """Return a global batch and its factors, as "32 = 2 processes x 8 images x 2 accumulated"."""
+    num_images, num_accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    num_processes = global_batch_size // (num_images * num_accumulated)
+    accumulated = f" x {num_accumulated} accumulated" if num_accumulated > 1 else ""
+    processes = count(num_processes, "process", "processes")
+    return f"{global_batch_size:,} = {processes} x {count(num_images, 'image')}{accumulated}"
+
+
+def explain_too_few(args: TrainingArguments, num_images: int, global_batch_size: int) -> str:
+    """Return why there is no batch of so few images, and what to change."""
+    most = num_images // (global_batch_size // args.per_device_train_batch_size)
+    if most:
+        fix = f"Give --per_device_train_batch_size {most}" + " or less" * (most > 1)
+    else:
+        fix = "Give more images, or lower the processes or --gradient_accumulation_steps"
+    return (
+        f"there are {count(num_images, 'image')}, fewer than one batch of "
+        f"{describe_batch(args, global_batch_size)}. {fix}."
+    )
+
+
 def count(number: int, one: str, more: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
@@ -93,5 +115,9 @@ def duration(seconds: float) -> str:
     """Return a time in the largest unit of which there are at least two."""
     for unit, length in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 2 else f"{seconds:.1f} s"
+            return f"{_rounded(seconds / length)} {unit}"
+    return f"{_rounded(seconds)} s"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

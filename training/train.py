@@ -21,7 +21,7 @@ from modeling_dino.command_line import short_in_notebooks
 from modeling_dino.image_processing_dino import make_image_processor
 
 from .agreement import Agreement
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, find_unusual
 from .augmentation import CropBatch, finish_crops
 from .checkpoint import (
     LIBRARIES,
@@ -60,7 +60,7 @@ from .publish import check_hub_settings, publish, upload, usage, write_card
 from .schedules import Hyperparameters, Schedule
 from .sharding import whole_network
 from .signals import student_teacher_distance
-from .start import describe_processes, describe_run, estimate_seconds, say_time
+from .start import describe_processes, describe_run, estimate_seconds, explain_too_few, say_time
 from .state import TrainingState, prepare_state, random_state
 from .trackers import Tracker, find_trackers, tracked
 from .verdict import FAILING, Judge
@@ -78,7 +78,7 @@ def count_steps(args: TrainingArguments, num_images: int | None, global_batch_si
         return math.ceil(args.max_steps / args.num_train_epochs), args.max_steps
     steps_per_epoch = num_images // global_batch_size
     if not steps_per_epoch:
-        raise ValueError(f"there are {num_images} images, fewer than one batch of {global_batch_size}")
+        raise ValueError(explain_too_few(args, num_images, global_batch_size))
     return steps_per_epoch, args.max_steps or steps_per_epoch * args.num_train_epochs
 
 
@@ -241,6 +241,8 @@ def _train(
             args = resolved(args, freeze_backbone_steps=steps_per_epoch)
     schedule = Schedule(args, steps_per_epoch, num_steps, global_batch_size)
     warn_of_image_size(config, args, checkpoint is not None)
+    for warning in find_unusual(args):
+        logger.warning(warning)
     if args.gradient_checkpointing:
         try:
             # older versions of transformers know the second name alone
@@ -274,7 +276,9 @@ def _train(
     if speaks:
         for line in describe_run(args, student, schedule, loader.num_images, global_batch_size, first_step):
             say(line)
-    if step_seconds and first_step < num_steps:
+    if speaks and first_step == num_steps:
+        say(f"Training had already finished at step {num_steps}. Its model and figures are written to {output_dir}.")
+    elif step_seconds:
         say_time((num_steps - first_step) * step_seconds)
     guard, agreement = Guard(accelerator, state.optimizer), Agreement(args.stream_timeout)
     batches = loader.batches(
@@ -356,6 +360,7 @@ def _train(
             f"Stopped by {signal_name} after step {step} of {num_steps}. To continue, run the same command with "
             "--resume_from_checkpoint latest"
         )
+        monitor.close()  # or the bar would be drawn below
         monitor.say(how)
         interruption.end_within(20, "its end took too long, and all is saved", Interrupted.exit_code)
         raise Interrupted(how)
@@ -422,7 +427,7 @@ def _train(
             monitor.count(global_batch_size)
             if done == first_step + 1:
                 guard.settle()
-                monitor.show_first(done, state.signals.read(accelerator), accelerator.device.type == "cpu")
+                monitor.show_first(done, state.signals.read(accelerator))
             is_last = done == num_steps
             log_now, save_now = (is_last or done % every == 0 for every in (args.logging_steps, save_every))
             num_seen, skipped = (done - first_step) * global_batch_size, Counter()
@@ -496,8 +501,7 @@ def _train(
 def describe_start(args: TrainingArguments, accelerator: Accelerator, first_step: int, num_steps: int) -> None:
     """Into the log, what there is to know when somebody asks months later."""
     if accelerator.is_main_process:
-        logger.info("steps %d to %d of a run", first_step + 1, num_steps)
-        versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-        logger.info("%s; %d x %s, %s", versions, accelerator.num_processes, accelerator.device,
-                    accelerator.mixed_precision)  # fmt: skip
+        if first_step < num_steps:
+            logger.info("steps %d to %d of a run", first_step + 1, num_steps)
+        logger.info(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
         logger.info("settings:\n%s", yaml.safe_dump(asdict(args), sort_keys=False, default_flow_style=None))
