@@ -67,7 +67,7 @@ class _Forked:
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, "-m", "tests.forked"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                start_new_session=True,
+                start_new_session=True, cwd=Path(__file__).parent.parent,
             )  # fmt: skip
         for stream in streams:
             stream.touch()
