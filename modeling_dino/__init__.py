@@ -7,6 +7,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
+    AutoVideoProcessor,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
@@ -44,6 +45,8 @@ for _processor_class in (DINOImageProcessor, DINOPillowImageProcessor):
         exist_ok=True,
     )
     _processor_class.register_for_auto_class()
+# None, and that is known: pipelines look for one, infer its name from the image processor's, and ask to run its code
+AutoVideoProcessor.register(DINOConfig, None, exist_ok=True)
 
 __all__ = [
     "DINOBackbone",

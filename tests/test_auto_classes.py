@@ -13,11 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
+    AutoProcessor,
     ViTImageProcessorPil,
     pipeline,
 )
 
 from modeling_dino import DINOBackbone, DINOConfig, DINOForImageClassification, DINOForPreTraining, DINOModel
+from modeling_dino.image_processing_dino import make_image_processor
 
 from .original import tiny_config
 from .without_package import run_without_package
@@ -138,6 +140,23 @@ def test_image_classification_pipeline(checkpoint, tmp_path):
     [*answers] = pipeline("image-classification", str(tmp_path))(str(checkpoint / "image.png"))
     assert {answer["label"] for answer in answers} == {"cat", "dog", "owl"}
     assert sum(answer["score"] for answer in answers) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+def test_local_models_never_ask_to_run_their_code(num_channels, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "n")
+    config = tiny_config(num_channels=num_channels, n_last_blocks=1, num_labels=2)
+    for model_class in (DINOModel, DINOForImageClassification):
+        model_class(config).save_pretrained(tmp_path / model_class.__name__)
+        processor = make_image_processor(32, num_channels, [0.5], [0.25], is_deep=num_channels == 5)
+        processor.save_pretrained(tmp_path / model_class.__name__)
+    extract = pipeline("image-feature-extraction", str(tmp_path / "DINOModel"))
+    classify = pipeline("image-classification", str(tmp_path / "DINOForImageClassification"))
+    expected = type(AutoImageProcessor.from_pretrained(tmp_path / "DINOModel"))
+    assert type(extract.image_processor) is type(classify.image_processor) is expected
+    assert type(AutoProcessor.from_pretrained(tmp_path / "DINOModel")) is expected
+    assert not asked
 
 
 def test_only_the_classifier_of_a_pretraining_checkpoint_is_new(checkpoint):
