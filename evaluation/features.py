@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -28,7 +28,7 @@ from datasets.distributed import split_dataset_by_node
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_dino.command_line import Parser, printable
+from modeling_dino.command_line import Parser
 
 from .arguments import READING, add_dataset, add_extraction, add_model
 from .decoding import BrokenImageError, Reading, decode_image, image_name, pixel_hash
@@ -48,6 +48,7 @@ from .labels import known_labels, match_names, plain_labels
 from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
 from .outputs import check_outputs
 from .processes import of_all_processes
+from .skipped import DecodableImages, say_skipped
 from .workers import Loader
 
 
@@ -105,39 +106,6 @@ class ImageCollator:
         return to_pixel_values(self.image_processor, images), [row.get("label") for row in rows], hashes, names
 
 
-class _DecodableImages:
-    """`ImageCollator` that leaves out images that cannot be decoded.
-
-    Args:
-        collate: The collator of the other images.
-        is_strict: Whether an image that cannot be decoded is an error.
-    """
-
-    def __init__(self, collate: Callable, is_strict: bool):
-        self.collate, self.is_strict = collate, is_strict
-
-    def __call__(self, rows: list[dict]) -> tuple[tuple | BrokenImageError | None, dict[int, tuple[str | None, str]]]:
-        """Return the collated rows, None if no row can be decoded, and path and reason of the others by position.
-
-        An error is returned, as a data loader would raise that of a worker with a traceback in its message.
-        """
-        try:
-            return self.collate(rows), {}
-        except BrokenImageError as error:
-            if self.is_strict:
-                return error, {}
-        failed = {}
-        for position, row in enumerate(rows):
-            try:
-                self.collate([row])
-            except BrokenImageError as error:
-                if error.kind in ("needs scientific", "unreadable"):  # which may change
-                    return error, {}
-                failed[position] = image_name(row["image"]), error.reason
-        decodable = [row for position, row in enumerate(rows) if position not in failed]
-        return (self.collate(decodable) if decodable else None), failed
-
-
 def extract_features(
     model: PreTrainedModel,
     dataset: Dataset | IterableDataset,
@@ -148,7 +116,9 @@ def extract_features(
     folder: str | None = None,
     reading: Reading | None = None,
 ) -> Features:
-    """Features of all images of a dataset of `load_images`, in evaluation mode.
+    """Features of all images of a dataset of `load_images` that can be decoded, in evaluation mode.
+
+    Images that cannot be decoded are skipped and warned of; they are in `failed`.
 
     Args:
         model: A backbone; the mode of each of its modules is put back afterwards.
@@ -166,9 +136,10 @@ def extract_features(
 
     Raises:
         ValueError: on all processes, no images, or features that are not finite (names the image); or what else one
-            of them fails with, which the others call a ValueError.
+            of them fails with, which the others call a ValueError. See also `say_skipped`.
     """
     state = PartialState()
+    reading = reading or Reading(num_channels(model.config))
 
     def share() -> Features:
         part = dataset
@@ -177,24 +148,32 @@ def extract_features(
         return _extract_share(model, part, image_processor, batch_size, num_workers, description, reading=reading)
 
     features = _join(of_all_processes(share, description))
-    if not len(features):
+    num_images = len(features) + len(features.failed)
+    if not num_images:
         raise ValueError(f"there are no images to compute {description} of")
     features.class_names = class_names(dataset)
-    features.names = [_name(path, number, folder) for number, path in enumerate(features.names)]
+    features.names = [name_of(path, int(row), folder) for row, path in zip(features.rows, features.names)]
+    features.failed = [image | {"name": name_of(image["name"], image["row"], folder)} for image in features.failed]
+    say_skipped(features.failed, num_images, description, reading.allow_unread)
     return features
 
 
 def _join(parts: list[Features]) -> Features:
+    failed, first = [], 0
+    for part in parts:
+        failed += [image | {"row": first + image["row"]} for image in part.failed]
+        first += len(part) + len(part.failed)
     parts = [part for part in parts if len(part)] or parts[:1]
     return Features(
         torch.cat([part.features for part in parts]),
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.hashes for part in parts]),
         [name for part in parts for name in part.names],
+        failed=failed,
     )
 
 
-def _name(path: str | None, number: int, folder: str | None) -> str:
+def name_of(path: str | None, number: int, folder: str | None) -> str:
     """Return the name of an image: its path, relative to the dataset's folder if it lies there, or its number."""
     if path is None:
         return str(number)
@@ -267,11 +246,11 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def _extract_share(
     model: PreTrainedModel, dataset: Dataset | IterableDataset, image_processor, batch_size: int, num_workers: int,
-    description: str, kind: str = "cls", is_strict: bool = True, reading: Reading | None = None,
+    description: str, kind: str = "cls", reading: Reading | None = None,
 ) -> Features:  # fmt: skip
     """`extract_features` of what one process gets. Names are paths, or None; rows count from the share's first."""
     reading = (reading or Reading(num_channels(model.config))).of(dataset.features)
-    collate = _DecodableImages(ImageCollator(image_processor, reading), is_strict)
+    collate = DecodableImages(ImageCollator(image_processor, reading))
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = Loader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
@@ -346,8 +325,8 @@ def write_features(
         The manifest: `num_images` with features, and those that `failed`, each with `name`, `reason` and `row`.
 
     Raises:
-        ValueError: a stream, of which no part can be read alone; no image that can be decoded; features of another
-            model, dataset, image processor, dtype or kind at `path`, or damaged ones.
+        ValueError: a stream, of which no part can be read alone; features of another model, dataset, image processor,
+            dtype or kind at `path`, or damaged ones; see also `say_skipped`.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("features of a stream cannot be kept: leave out --streaming or --features")
@@ -365,10 +344,15 @@ def write_features(
     complete = _find_kept(path, manifest, overwrite)
     others = _find_other_parts(path, manifest | {"part_size": part_size}, overwrite or complete is not None)
     state.wait_for_everyone()  # all have looked before the first one writes
+
+    def say(about: dict, is_any_share: bool) -> None:
+        what, num_images = f"split {data['split']} of {data['name']}", about["num_images"] + len(about["failed"])
+        say_skipped(about["failed"], num_images, what, is_any_share, "When they are repaired, give --overwrite.")
+
     if complete is not None:
         if state.is_main_process and not others:
             _remove_parts(path)  # of a command that was killed at its end
-        _warn_of_failed(complete)
+        say(complete, is_any_share=True)
         return complete
     if state.is_main_process:
         for part in others:
@@ -385,11 +369,11 @@ def write_features(
             rows = dataset.select(range(first, min(first + part_size, len(dataset))))
             description = f"{data['split']}, part {number + 1} of {len(parts)}"
             computed = _extract_share(
-                model, rows, image_processor, batch_size, num_workers, description, kind, False, reading
+                model, rows, image_processor, batch_size, num_workers, description, kind, reading
             )
             failed = [image | {"row": first + image["row"]} for image in computed.failed]
-            failed = [image | {"name": _name(image["name"], image["row"], data["name"])} for image in failed]
-            names = [_name(file, first + int(row), data["name"]) for row, file in zip(computed.rows, computed.names)]
+            failed = [image | {"name": name_of(image["name"], image["row"], data["name"])} for image in failed]
+            names = [name_of(file, first + int(row), data["name"]) for row, file in zip(computed.rows, computed.names)]
             table = make_table(
                 names, computed.labels.tolist(), computed.hashes, computed.features, label_type,
                 manifest["class_names"],
@@ -410,19 +394,15 @@ def write_features(
         }
         if not about["num_images"]:
             _remove_parts(path)
-            example = f", such as {printable(about['failed'][0]['name'])}" if about["failed"] else ""
-            raise ValueError(
-                f"split {data['split']} of {data['name']} must have images that can be decoded, got none of "
-                f"{len(dataset)}{example}. Choose another --dataset_name."
-            )
+        if not len(dataset):
+            raise ValueError(f"split {data['split']} of {data['name']} must have images, got none. Choose another.")
+        say(about, reading is not None and reading.allow_unread)
         filled = [part for part, one in zip(parts, found) if one["num_images"]]
         WRITERS[path.suffix](path, filled, manifest | about)
         _remove_parts(path)
         return manifest | about
 
-    complete = of_all_processes(join, f"features of {data['split']}")[0]
-    _warn_of_failed(complete)
-    return complete
+    return of_all_processes(join, f"features of {data['split']}")[0]
 
 
 def keep_features(path: Path, *args, **kwargs) -> Features:
@@ -490,17 +470,6 @@ def _remove_parts(path: Path) -> None:
         folder.rmdir()
 
 
-def _warn_of_failed(manifest: dict) -> None:
-    failed, data = manifest["failed"], manifest["data"]
-    if failed and PartialState().is_main_process:
-        num_images = manifest["num_images"] + len(failed)
-        warnings.warn(
-            f"{len(failed)} of the {num_images} images of split {data['split']} of {data['name']} cannot be decoded "
-            f"and are skipped, such as {printable(failed[0]['name'])}: {printable(failed[0]['reason'])}. When they "
-            "are repaired, give --overwrite."
-        )
-
-
 def _difference(kept, given) -> str:
     if not isinstance(kept, dict) or not isinstance(given, dict):
         return f"{kept}, not {given}"
@@ -531,10 +500,12 @@ def read_features(path: Path) -> Features:
         labels += table["label"].to_pylist() if "label" in table.column_names else [None] * len(rows)
         hashes.append(table["pixel_hash"].to_numpy())
     hashes = np.concatenate(hashes)
-    return Features(
+    found = Features(
         features, to_labels(labels), hashes, names, manifest["class_names"], manifest["model"],
-        manifest["data"] | content_of(hashes), manifest["failed"],
+        manifest["data"], manifest["failed"],
     )  # fmt: skip
+    found.data |= content(found)
+    return found
 
 
 def features_of(args: Namespace, split: str, with_labels: bool = False) -> Features:
@@ -624,8 +595,13 @@ def _new_features(args: Namespace, split: str, no_labels: str | None) -> Feature
         args.dataset_name, reading,
     )  # fmt: skip
     features.model = describe_model(model, args.model)
-    features.data = data | content_of(features.hashes)
+    features.data = data | content(features)
     return features
+
+
+def content(features: Features) -> dict:
+    """`content_of`, and the number of images that were skipped, if there are any."""
+    return content_of(features.hashes) | ({"num_skipped": len(features.failed)} if features.failed else {})
 
 
 def labelled_features(args: Namespace) -> tuple[Features, Features | None]:
