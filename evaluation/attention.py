@@ -43,6 +43,7 @@ from .pictures import (
     image_label,
     to_picture,
 )
+from .skipped import choose_decodable
 
 
 SHORT_SIDE = 480  # pixels, of files and frames; the original's
@@ -327,6 +328,8 @@ def _draw_images(args: Namespace, output: Path) -> None:
     model, image_processor = _load(args)
     reading = reading_of(args, model)
     reading = reading if args.image else reading.of(dataset.features)
+    kept = choose_decodable(rows, reading, "images to draw")
+    images, names, labels = ([values[number] for number in kept] for values in (images, names, labels))
     sheet, arrays = [], {}
     for name, image in zip(tqdm(names, "attention", disable=None), images):
         pixels = decode_image(image, reading)

@@ -231,7 +231,7 @@ def measure(args: Namespace) -> Report:
     found = {
         name: describe_images(
             model, image_processor, images, square, describe, args.batch_size, args.num_workers,
-            f"{args.model}, {name}",
+            f"{args.model}, {name}", is_benchmark=name in ("originals", "copies"),
         )
         for name, images in rows.items()
     }  # fmt: skip

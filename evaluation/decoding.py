@@ -51,6 +51,7 @@ class Reading:
         tiff_pages: What the pages of a TIFF are: `channels` of one image, `images` (of a folder), or the `first`
             counts alone. Default: a TIFF of several pages is not read.
         max_image_pixels: Pixels above which an image is not read.
+        allow_unread: Whether more than a tenth of the images of a split may be skipped, see `say_skipped`.
         array_dtype: Type of the values of an array column.
     """
 
@@ -58,6 +59,7 @@ class Reading:
     background: str = "white"
     tiff_pages: str | None = None
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    allow_unread: bool = False
     array_dtype: str = "uint8"
 
     def of(self, features: Features) -> "Reading":

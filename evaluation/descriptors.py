@@ -13,9 +13,10 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .decoding import Reading, decode_8_bits, pixel_hash
+from .decoding import BrokenImageError, Reading, decode_8_bits, pixel_hash
 from .models import mean_and_std, num_channels
 from .processes import of_all_processes
+from .skipped import DecodableImages, refuse_incomplete, say_skipped
 from .workers import Loader
 
 
@@ -66,6 +67,7 @@ def describe_images(
     batch_size: int,
     num_workers: int,
     description: str,
+    is_benchmark: bool = True,
 ) -> Descriptors:
     """Descriptors in the rows' order, on all processes; each row is computed by one.
 
@@ -79,31 +81,46 @@ def describe_images(
         batch_size: Images that `describe` gets at once.
         num_workers: Worker processes that decode.
         description: What it is, for the progress bar and errors.
+        is_benchmark: Whether an image that cannot be decoded is an error; else it is skipped and warned of.
 
     Raises:
         ValueError: no images, a broken one, a descriptor that is not finite.
     """
     state = PartialState()
-    collate = _Collator(resize, image_processor, num_channels(model.config))
+    collate = DecodableImages(_Collator(resize, image_processor, num_channels(model.config)))
 
-    def share() -> tuple[torch.Tensor, list[int]]:
+    def share() -> tuple[torch.Tensor, list[int], list[dict]]:
         mine = np.array_split(np.arange(len(rows)), state.num_processes)[state.process_index].tolist()
         loader = Loader(Subset(rows, mine), batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
-        features, hashes = [], []
+        features, hashes, failed = [], [], []
         # on a terminal alone
-        for images, batch_hashes, names in tqdm(
+        for collated, reasons in tqdm(
             loader, description, leave=False, disable=None if state.is_main_process else True
         ):
+            if isinstance(collated, BrokenImageError):
+                raise collated
+            first = mine[0] + len(hashes) + len(failed)
+            failed += [
+                {"name": path, "reason": reason, "row": first + position}
+                for position, (path, reason) in reasons.items()
+            ]
+            if collated is None:
+                continue
+            images, batch_hashes, names = collated
             batch = describe(images).float().cpu()
             for name, is_finite in zip(names, batch.isfinite().all(1).tolist()):
                 if not is_finite:
                     raise ValueError(f"{description}: the model's features of image {name} are not finite")
             features.append(batch)
             hashes += batch_hashes
-        return torch.cat(features) if features else torch.empty(0, 0), hashes
+        return torch.cat(features) if features else torch.empty(0, 0), hashes, failed
 
     if not len(rows):
         raise ValueError(f"there are no images to compute {description} of")
-    parts = [part for part in of_all_processes(share, description) if len(part[1])]
-    features, hashes = zip(*parts)
+    parts = of_all_processes(share, description)
+    failed = [image for part in parts for image in part[2]]
+    if is_benchmark:
+        refuse_incomplete(failed)
+    say_skipped(failed, len(rows), description, is_any_share=True)
+    features, hashes, _ = zip(*(part for part in parts if len(part[1])))
     return Descriptors(torch.cat(features), np.array([number for part in hashes for number in part], dtype=np.int64))

@@ -14,7 +14,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import escape
@@ -28,7 +28,7 @@ from datasets.distributed import split_dataset_by_node
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_dino.command_line import Parser, printable
+from modeling_dino.command_line import Parser
 
 from .arguments import READING, add_dataset, add_extraction, add_model
 from .decoding import BrokenImageError, Reading, decode_image, image_name, pixel_hash
@@ -48,6 +48,7 @@ from .labels import known_labels, match_names, plain_labels
 from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
 from .outputs import check_outputs
 from .processes import of_all_processes
+from .skipped import DecodableImages, say_skipped
 from .workers import Loader
 
 
@@ -105,31 +106,6 @@ class ImageCollator:
         return to_pixel_values(self.image_processor, images), [row.get("label") for row in rows], hashes, names
 
 
-class _DecodableImages:
-    """`ImageCollator`, the argument, that leaves out images that cannot be decoded."""
-
-    def __init__(self, collate: ImageCollator):
-        self.collate = collate
-
-    def __call__(self, rows: list[dict]) -> tuple[tuple | BrokenImageError | None, dict[int, tuple[str | None, str]]]:
-        """Return the collated rows, None if no row can be decoded, and path and reason of the others by position.
-
-        An error is returned, as a data loader would raise that of a worker with a traceback in its message.
-        """
-        with suppress(BrokenImageError):
-            return self.collate(rows), {}
-        failed = {}
-        for position, row in enumerate(rows):
-            try:
-                self.collate([row])
-            except BrokenImageError as error:
-                if error.kind in ("needs scientific", "unreadable"):  # which may change
-                    return error, {}
-                failed[position] = image_name(row["image"]), error.reason
-        decodable = [row for position, row in enumerate(rows) if position not in failed]
-        return (self.collate(decodable) if decodable else None), failed
-
-
 def extract_features(
     model: PreTrainedModel,
     dataset: Dataset | IterableDataset,
@@ -140,9 +116,9 @@ def extract_features(
     folder: str | None = None,
     reading: Reading | None = None,
 ) -> Features:
-    """Features of a dataset of `load_images`, in evaluation mode.
+    """Features of all images of a dataset of `load_images` that can be decoded, in evaluation mode.
 
-    Images that cannot be decoded have none: they are warned of, and are in `failed`.
+    Images that cannot be decoded are skipped and warned of; they are in `failed`.
 
     Args:
         model: A backbone; the mode of each of its modules is put back afterwards.
@@ -160,9 +136,10 @@ def extract_features(
 
     Raises:
         ValueError: on all processes, no images, or features that are not finite (names the image); or what else one
-            of them fails with, which the others call a ValueError.
+            of them fails with, which the others call a ValueError. See also `say_skipped`.
     """
     state = PartialState()
+    reading = reading or Reading(num_channels(model.config))
 
     def share() -> Features:
         part = dataset
@@ -171,18 +148,21 @@ def extract_features(
         return _extract_share(model, part, image_processor, batch_size, num_workers, description, reading=reading)
 
     features = _join(of_all_processes(share, description))
-    features.failed = [image | {"name": _name(image["name"], image["row"], folder)} for image in features.failed]
-    if not len(features):
-        raise ValueError(_no_images(description, features.failed))
-    _warn_of_failed(features.failed, len(features), description)
+    num_images = len(features) + len(features.failed)
+    if not num_images:
+        raise ValueError(f"there are no images to compute {description} of")
     features.class_names = class_names(dataset)
-    features.names = [_name(path, row, folder) for path, row in zip(features.names, features.rows)]
+    features.names = [name_of(path, int(row), folder) for row, path in zip(features.rows, features.names)]
+    features.failed = [image | {"name": name_of(image["name"], image["row"], folder)} for image in features.failed]
+    say_skipped(features.failed, num_images, description, reading.allow_unread)
     return features
 
 
 def _join(parts: list[Features]) -> Features:
-    firsts = np.cumsum([0] + [len(part) + len(part.failed) for part in parts]).tolist()
-    failed = [image | {"row": first + image["row"]} for first, part in zip(firsts, parts) for image in part.failed]
+    failed, first = [], 0
+    for part in parts:
+        failed += [image | {"row": first + image["row"]} for image in part.failed]
+        first += len(part) + len(part.failed)
     parts = [part for part in parts if len(part)] or parts[:1]
     return Features(
         torch.cat([part.features for part in parts]),
@@ -193,23 +173,7 @@ def _join(parts: list[Features]) -> Features:
     )
 
 
-def _no_images(what: str, failed: list[dict]) -> str:
-    if not failed:
-        return f"there are no images to compute {what} of"
-    return f"{what}: none of the {len(failed)} images can be decoded, {_example(failed)}"
-
-
-def _example(failed: list[dict]) -> str:
-    return f"such as {printable(failed[0]['name'])}, which {printable(failed[0]['reason'])}"
-
-
-def _warn_of_failed(failed: list[dict], num_images: int, what: str, remedy: str = "") -> None:
-    if failed and PartialState().is_main_process:
-        num_images += len(failed)
-        warnings.warn(f"{what}: skipped {len(failed)} of the {num_images} images, {_example(failed)}{remedy}")
-
-
-def _name(path: str | None, number: int, folder: str | None) -> str:
+def name_of(path: str | None, number: int, folder: str | None) -> str:
     """Return the name of an image: its path, relative to the dataset's folder if it lies there, or its number."""
     if path is None:
         return str(number)
@@ -286,7 +250,7 @@ def _extract_share(
 ) -> Features:  # fmt: skip
     """`extract_features` of what one process gets. Names are paths, or None; rows count from the share's first."""
     reading = (reading or Reading(num_channels(model.config))).of(dataset.features)
-    collate = _DecodableImages(ImageCollator(image_processor, reading))
+    collate = DecodableImages(ImageCollator(image_processor, reading))
     # a generator of its own: without one, evaluation in the midst of training changes what training draws next
     loader = Loader(
         dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
@@ -361,8 +325,8 @@ def write_features(
         The manifest: `num_images` with features, and those that `failed`, each with `name`, `reason` and `row`.
 
     Raises:
-        ValueError: a stream, of which no part can be read alone; no image that can be decoded; features of another
-            model, dataset, image processor, dtype or kind at `path`, or damaged ones.
+        ValueError: a stream, of which no part can be read alone; features of another model, dataset, image processor,
+            dtype or kind at `path`, or damaged ones; see also `say_skipped`.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("features of a stream cannot be kept: leave out --streaming or --features")
@@ -380,10 +344,15 @@ def write_features(
     complete = _find_kept(path, manifest, overwrite)
     others = _find_other_parts(path, manifest | {"part_size": part_size}, overwrite or complete is not None)
     state.wait_for_everyone()  # all have looked before the first one writes
+
+    def say(about: dict, is_any_share: bool) -> None:
+        what, num_images = f"split {data['split']} of {data['name']}", about["num_images"] + len(about["failed"])
+        say_skipped(about["failed"], num_images, what, is_any_share, "When they are repaired, give --overwrite.")
+
     if complete is not None:
         if state.is_main_process and not others:
             _remove_parts(path)  # of a command that was killed at its end
-        _warn_of_kept(complete)
+        say(complete, is_any_share=True)
         return complete
     if state.is_main_process:
         for part in others:
@@ -403,8 +372,8 @@ def write_features(
                 model, rows, image_processor, batch_size, num_workers, description, kind, reading
             )
             failed = [image | {"row": first + image["row"]} for image in computed.failed]
-            failed = [image | {"name": _name(image["name"], image["row"], data["name"])} for image in failed]
-            names = [_name(file, first + int(row), data["name"]) for row, file in zip(computed.rows, computed.names)]
+            failed = [image | {"name": name_of(image["name"], image["row"], data["name"])} for image in failed]
+            names = [name_of(file, first + int(row), data["name"]) for row, file in zip(computed.rows, computed.names)]
             table = make_table(
                 names, computed.labels.tolist(), computed.hashes, computed.features, label_type,
                 manifest["class_names"],
@@ -425,24 +394,15 @@ def write_features(
         }
         if not about["num_images"]:
             _remove_parts(path)
-            example = f", {_example(about['failed'])}" if about["failed"] else ""
-            raise ValueError(
-                f"split {data['split']} of {data['name']} must have images that can be decoded, got none of "
-                f"{len(dataset)}{example}. Choose another --dataset_name."
-            )
+        if not len(dataset):
+            raise ValueError(f"split {data['split']} of {data['name']} must have images, got none. Choose another.")
+        say(about, reading is not None and reading.allow_unread)
         filled = [part for part, one in zip(parts, found) if one["num_images"]]
         WRITERS[path.suffix](path, filled, manifest | about)
         _remove_parts(path)
         return manifest | about
 
-    complete = of_all_processes(join, f"features of {data['split']}")[0]
-    _warn_of_kept(complete)
-    return complete
-
-
-def _warn_of_kept(manifest: dict) -> None:
-    split = f"split {manifest['data']['split']} of {manifest['data']['name']}"
-    _warn_of_failed(manifest["failed"], manifest["num_images"], split, ". When they are repaired, give --overwrite.")
+    return of_all_processes(join, f"features of {data['split']}")[0]
 
 
 def keep_features(path: Path, *args, **kwargs) -> Features:
@@ -540,10 +500,12 @@ def read_features(path: Path) -> Features:
         labels += table["label"].to_pylist() if "label" in table.column_names else [None] * len(rows)
         hashes.append(table["pixel_hash"].to_numpy())
     hashes = np.concatenate(hashes)
-    return Features(
+    found = Features(
         features, to_labels(labels), hashes, names, manifest["class_names"], manifest["model"],
-        manifest["data"] | content_of(hashes), manifest["failed"],
+        manifest["data"], manifest["failed"],
     )  # fmt: skip
+    found.data |= content(found)
+    return found
 
 
 def features_of(args: Namespace, split: str, with_labels: bool = False) -> Features:
@@ -634,8 +596,13 @@ def _new_features(args: Namespace, split: str, with_labels: bool) -> Features:
         args.dataset_name, reading,
     )  # fmt: skip
     features.model = describe_model(model, args.model)
-    features.data = data | content_of(features.hashes)
+    features.data = data | content(features)
     return features
+
+
+def content(features: Features) -> dict:
+    """`content_of`, and the number of images that were skipped, if there are any."""
+    return content_of(features.hashes) | ({"num_skipped": len(features.failed)} if features.failed else {})
 
 
 def labelled_features(args: Namespace) -> tuple[Features, Features | None]:

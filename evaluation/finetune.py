@@ -29,8 +29,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_model, add_output
-from .features import class_names, describe_data, extract_features, warn_of_shared_images
-from .images import content_of
+from .features import class_names, content, describe_data, extract_features, warn_of_shared_images
 from .models import describe_model, load_model, num_channels, reading_of, run_model
 from .outputs import filling
 from .processes import of_all_processes
@@ -43,6 +42,7 @@ from .supervised import (
     check_run_folder,
     choose_labeled,
     discard_other_run,
+    drop_broken,
     evaluation_split,
     hits,
     index_classes,
@@ -346,12 +346,13 @@ def measure(args: Namespace) -> Report:
     if args.output_dir:
         check_run_folder(args)
     training, test, train_labels, test_labels = load_splits(args)
-    names, targets, test_targets = index_classes(train_labels, test_labels, class_names(training))
-    chosen = choose_labeled(args, targets, names)
     backbone, image_processor = load_model(
         args.model, args.image_size, value_range=args.value_range and tuple(args.value_range)
     )
     reading = reading_of(args, backbone)
+    training, train_labels, num_skipped = drop_broken(args, args.train_split, training, train_labels, reading)
+    names, targets, test_targets = index_classes(train_labels, test_labels, class_names(training))
+    chosen = choose_labeled(args, targets, names)
     described = describe_model(backbone, args.model)
     channels = num_channels(backbone.config)
     torch.manual_seed(seed_of(args.seed, "classifier"))
@@ -361,6 +362,7 @@ def measure(args: Namespace) -> Report:
     order = Batches(chosen, batch_size, args.seed)
     transform = make_transform(image_processor, channels, args.rand_augment, args.random_erasing)
     data = describe_data(args, args.train_split, training) | {"num_images": len(training)}
+    data |= {"num_skipped": num_skipped} if num_skipped else {}
     precision = accelerator.mixed_precision
     settings = run_settings(
         args, batch_size=batch_size, model=described, train=data, classes=names, mixed_precision=precision
@@ -390,12 +392,12 @@ def measure(args: Namespace) -> Report:
     network = ComputedFeatures(model, lambda pixel_values: run_model(model, pixel_values).logits)
     logits = extract_features(
         network, test, image_processor, args.batch_size, args.num_workers, f"{args.model}, {evaluation_split(args)}",
-        reading=reading,
+        args.dataset_name, reading,
     )  # fmt: skip
     hashes = np.concatenate(of_all_processes(lambda: hashes, "hashes of the training images"))
     warn_of_shared_images(hashes, logits.hashes)
     scores = hits(logits.features, torch.from_numpy(test_targets[logits.rows]), "finetune")
-    test_data = describe_data(args, evaluation_split(args), test) | content_of(logits.hashes)
+    test_data = describe_data(args, evaluation_split(args), test) | content(logits)
     about = {"train": data, "test": test_data, "num_trained": len(chosen), "batch_size_of_all": batch_size}
     report = make_report(args, described, about | {"mixed_precision": precision}, scores)
     if folder is not None and accelerator.is_main_process:

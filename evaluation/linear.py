@@ -27,13 +27,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from modeling_dino import DINOConfig, DINOForImageClassification, DINOModel
-from modeling_dino.command_line import Parser, printable
+from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import (
     Features,
     check_features,
     class_names,
+    content,
     describe_data,
     extract_features,
     features_of,
@@ -43,13 +44,11 @@ from .features import (
     load_model_of,
     warn_of_shared_images,
 )
-from .images import content_of
 from .models import describe_model, num_channels, reading_of, tokens
 from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
 from .supervised import (
-    REMEDY,
     AugmentedImages,
     Batches,
     ComputedFeatures,
@@ -57,6 +56,7 @@ from .supervised import (
     check_run_folder,
     choose_labeled,
     discard_other_run,
+    drop_broken,
     evaluation_split,
     hits,
     index_classes,
@@ -362,13 +362,16 @@ class CroppedImages:
 
     def __init__(self, args: Namespace, network: ComputedFeatures, image_processor):
         self.args, self.network, self.image_processor = args, network, image_processor
-        self.images, test, self.labels, test_labels = load_splits(args)
+        images, test, labels, test_labels = load_splits(args)
+        reading = reading_of(args, network)
+        self.images, self.labels, num_skipped = drop_broken(args, args.train_split, images, labels, reading)
         self.class_names = class_names(self.images)
         self.data = describe_data(args, args.train_split, self.images)
         self.data |= {"num_images": len(self.images), "augmentation": True}
+        self.data |= {"num_skipped": num_skipped} if num_skipped else {}
         self.test = self._extract(test, evaluation_split(args))
         self.test.labels = np.array(test_labels)[self.test.rows]
-        self.test.data = describe_data(args, evaluation_split(args), test) | content_of(self.test.hashes)
+        self.test.data = describe_data(args, evaluation_split(args), test) | content(self.test)
         self._hashes: list[torch.Tensor] = []  # of this process's images in the first epoch
 
     def batches(self, targets: np.ndarray, order: Batches) -> Callable:
@@ -399,16 +402,8 @@ class CroppedImages:
         return batches
 
     def inputs(self, indices: np.ndarray) -> torch.Tensor:
-        """Of training images, without augmentation.
-
-        Raises:
-            ValueError: one that cannot be decoded.
-        """
-        features = self._extract(self.images.select(indices), "held-out images")
-        if features.failed:
-            broken = features.failed[0]
-            raise ValueError(f"image {printable(broken['name'])} {broken['reason']}. {REMEDY}")
-        return features.features
+        """Of training images, without augmentation."""
+        return self._extract(self.images.select(indices), "held-out images").features
 
     def hashes(self) -> np.ndarray:
         """Of the images that have been trained on, whatever the process."""
@@ -419,7 +414,7 @@ class CroppedImages:
         args = self.args
         return extract_features(
             self.network, images, self.image_processor, args.batch_size, args.num_workers,
-            f"{args.model}, {description}", reading=reading_of(args, self.network),
+            f"{args.model}, {description}", args.dataset_name, reading_of(args, self.network),
         )  # fmt: skip
 
 

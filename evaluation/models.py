@@ -145,7 +145,9 @@ def scaling(image_processor, num_channels: int, value_range: Sequence[str] | Non
 
 def reading_of(args: Namespace, model: PreTrainedModel | RawPixels) -> Reading:
     """How a command reads images for a model."""
-    return Reading(num_channels(model.config), args.background, args.tiff_pages, args.max_image_pixels)
+    return Reading(
+        num_channels(model.config), args.background, args.tiff_pages, args.max_image_pixels, args.allow_unread
+    )
 
 
 def load_weights(model_class, source: str, **options) -> tuple[PreTrainedModel, dict]:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -167,9 +168,10 @@ def measure(args: Namespace) -> None:
         model, image_processor = load_model_of(args)
         reading = reading_of(args, model)
         queries = extract_features(
-            model, Dataset.from_list(rows), image_processor, args.batch_size, args.num_workers, reading=reading
-        )
-        shown = np.arange(len(rows))
+            model, Dataset.from_list(rows), image_processor, args.batch_size, args.num_workers, "queries",
+            reading=replace(reading, allow_unread=True),
+        )  # fmt: skip
+        rows, shown = [rows[row] for row in queries.rows], np.arange(len(queries))
     else:
         split = find_eval_split(args)
         queries = train if split == args.train_split else features_of(args, split)

@@ -45,6 +45,7 @@ from .pictures import (
     to_picture,
     write_files,
 )
+from .skipped import choose_decodable
 
 
 IMAGE_SIZE = 480  # of `visualize_attention.py` of the original
@@ -182,6 +183,8 @@ def measure(args: Namespace) -> None:
     mean, std = mean_and_std(image_processor, num_channels(model.config))
     reading = reading_of(args, model)
     reading = reading if args.image else reading.of(dataset.features)
+    kept = choose_decodable(rows, reading, "images to draw")
+    rows, names = [rows[number] for number in kept], [names[number] for number in kept]
     images, maps = [], []
     for row in tqdm(rows, "patches", leave=False, disable=None):
         pixels = to_values(image_processor, decode_image(row["image"], reading))

@@ -20,11 +20,12 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_model, add_output
 from .attention import cls_attention, mass_masks
-from .decoding import Reading, decode_8_bits
+from .decoding import BrokenImageError, Reading, decode_8_bits
 from .images import load_images
 from .models import describe_model, load_model, mean_and_std, num_channels, patch_size
 from .processes import of_all_processes
 from .report import Report, make_report
+from .skipped import refuse_incomplete
 from .video_segmentation import VOID, jaccard, read_indices
 
 
@@ -125,7 +126,10 @@ def measure(args: Namespace) -> Report:
         # on a terminal alone
         for number in tqdm(own, "images", leave=False, disable=None if state.is_main_process else True):
             mask = masks[number]["image"]
-            pixels, indices = decode_8_bits(images[number]["image"], Reading(channels)), read_indices(mask)
+            try:
+                pixels, indices = decode_8_bits(images[number]["image"], Reading(channels)), read_indices(mask)
+            except BrokenImageError as error:
+                refuse_incomplete([{"name": error.name, "reason": error.reason}])
             if pixels.shape[1:] != indices.shape:
                 sizes = "{1}x{0}, and its image {3}x{2}".format(*indices.shape, *pixels.shape[1:])
                 raise ValueError(f"the mask {mask['path'] or f'of image {number} (from 0)'} is {sizes}")

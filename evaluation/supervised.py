@@ -25,12 +25,14 @@ from modeling_dino.command_line import Parser
 from modeling_dino.image_processing_dino import PILLOW_MODES
 
 from .cards import write_classifier_card
-from .decoding import BrokenImageError, Reading, decode_image, pixel_hash
-from .features import class_names, find_eval_split, images_of
+from .decoding import Reading, decode_image, pixel_hash
+from .features import class_names, find_eval_split, images_of, name_of
 from .labels import draw_per_class, labeled_rows
 from .models import mean_and_std, to_pixel_values, to_values
 from .outputs import check_outputs, replacing, write_text
+from .processes import of_all_processes
 from .report import Report
+from .skipped import find_broken, say_skipped
 from .workers import Loader
 
 
@@ -72,9 +74,6 @@ class ComputedFeatures(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=rows[:, None], pooler_output=rows)
 
 
-REMEDY = "Repair or remove it: no image that the classifier is trained on may lack"
-
-
 class AugmentedImages(torch.utils.data.Dataset):
     """(epoch, number of an image) -> the image as that epoch sees it, its class, and a hash of its pixels.
 
@@ -102,10 +101,7 @@ class AugmentedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = key
-        try:
-            pixels = decode_image(self.dataset[index]["image"], self.reading)
-        except BrokenImageError as error:
-            raise BrokenImageError(error.name, error.kind, f"{error.reason}. {REMEDY}") from error
+        pixels = decode_image(self.dataset[index]["image"], self.reading)
         image = torch.from_numpy(to_values(self.image_processor, pixels))
         if self.reading.num_channels in PILLOW_MODES and image.dtype == torch.uint8:
             image = v2.functional.to_pil_image(image, PILLOW_MODES[self.reading.num_channels])
@@ -177,6 +173,8 @@ def normalize(image_processor, num_channels: int) -> list[nn.Module]:
 def load_splits(args: Namespace) -> tuple[Dataset, Dataset, list, list]:
     """Images with a label of the training and the test split by a command's arguments, and the labels of both.
 
+    Nothing is decoded; see `drop_broken`.
+
     Raises:
         ValueError: a stream, no split to evaluate on but the training split, or no column of labels.
     """
@@ -198,6 +196,28 @@ def load_splits(args: Namespace) -> tuple[Dataset, Dataset, list, list]:
         labels.append(numbers)
     choose_labeled(args, np.asarray(labels[0]), names)  # whose error shall not come after minutes of work
     return *splits, *labels
+
+
+def drop_broken(args: Namespace, split: str, dataset: Dataset, labels: list, reading: Reading) -> tuple:
+    """Return the images of a split that can be decoded, their labels, and the number of others; see `say_skipped`.
+
+    All images are decoded once, a share by each process, so that every epoch is of the same images.
+    """
+    state = PartialState()
+
+    def share() -> list[dict]:
+        own = np.array_split(np.arange(len(dataset)), state.num_processes)[state.process_index]
+        found = find_broken(dataset.select(own), reading.of(dataset.features), args.num_workers, state.is_main_process)
+        return [image | {"row": int(own[image["row"]])} for image in found]
+
+    what = f"{args.model}, {split}"
+    failed = sum(of_all_processes(share, what), [])
+    failed = [image | {"name": name_of(image["name"], image["row"], args.dataset_name)} for image in failed]
+    say_skipped(failed, len(dataset), what, reading.allow_unread)
+    if failed:
+        kept = np.setdiff1d(np.arange(len(dataset)), [image["row"] for image in failed])
+        dataset, labels = dataset.select(kept), [labels[row] for row in kept]
+    return dataset, labels, len(failed)
 
 
 def evaluation_split(args: Namespace) -> str:

@@ -327,7 +327,7 @@ class TrainingArguments(AugmentationArguments):
 
     def reading(self, num_channels: int) -> Reading:
         """How images are read for a network that takes `num_channels`."""
-        return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels)
+        return Reading(num_channels, self.background, self.tiff_pages, self.max_image_pixels, self.allow_unread)
 
 
 def find_unusual(args: TrainingArguments) -> list[str]:

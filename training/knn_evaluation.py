@@ -60,7 +60,8 @@ class KNNEvaluation:
                 self.args.per_device_eval_batch_size,
                 self.args.num_workers if isinstance(dataset, Dataset) else 0,
                 description,
-                reading=self.reading,
+                self.args.dataset_name,
+                self.reading,
             )
             features = labeled(features, split, like=train)
             train = train or features
