@@ -206,7 +206,7 @@ def test_long_run_on_cpu_warns_and_names_a_recipe(recipe, parquet_folder, tmp_pa
     run.send(signal.SIGTERM)
     while run.poll(1) is None:
         pass
-    pattern = r"Time: roughly [\d,]+ hours on this CPU. .* configs/own_images_cpu.yaml, which takes 20 minutes."
+    pattern = r"Time: roughly [\d,]+ hours on this CPU. .* configs/own_images_cpu.yaml, about 20 minutes on two cores."
     assert re.search(pattern, run.stderr.splitlines()[0]), run.stderr
     assert "WARNING training.start: Time: roughly" in (tmp_path / "run/train.log").read_text()
 

@@ -55,7 +55,7 @@ def say_time(seconds: float) -> None:
         say(f"Time: roughly {duration(seconds)} on this CPU")
     else:
         logger.warning(
-            "Time: roughly %s on this CPU. Use a GPU, or configs/own_images_cpu.yaml, which takes 20 minutes.",
+            "Time: roughly %s on this CPU. Use a GPU, or configs/own_images_cpu.yaml, about 20 minutes on two cores.",
             duration(seconds),
         )
 
