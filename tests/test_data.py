@@ -410,7 +410,7 @@ def test_check_finds_what_training_would_skip(tmp_path, capsys, flags):
     account, total, *faults, sizes = capsys.readouterr().out.strip().splitlines()
     number = NUM_IMAGES + 3
     splits = f"train {number}, no labels: all in one folder"
-    assert account == f"{folder}: {number} image files found, {number} read ({splits})"
+    assert account == f"{folder}: {number} image files found, {number} listed ({splits})"
     assert (
         total == f"{NUM_IMAGES + 3} images, 2 of them would be skipped: 1 no image, 1 damaged" and end.value.code == 1
     )

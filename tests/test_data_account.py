@@ -30,7 +30,7 @@ def photos(tmp_path):
 
 
 ACCOUNT = (
-    "40 image files found, 40 read (train 16, 2 classes; validation 16, 2 classes; unlabeled 8, no labels: "
+    "40 image files found, 40 listed (train 16, 2 classes; validation 16, 2 classes; unlabeled 8, no labels: "
     "all in one folder); other files: 1 .txt\n"
 )
 
@@ -122,7 +122,7 @@ def test_resumed_stream_keeps_the_image_processor(recipe, tmp_path):  # noqa: F8
         argv = ("--config", recipe, "--dataset_name", tmp_path / "mixed", "--streaming", "--max_steps", "5")
         argv += ("--per_device_train_batch_size", "2", "--save_steps", "1", "--save_total_limit", "9", "--seed", seed)
         said = trained(*argv, "--output_dir", whole)
-        assert "16 image files found, 16 read" in said
+        assert "16 image files found, 16 listed" in said
         trained(*argv, "--output_dir", resumed, "--resume_from_checkpoint", whole / "checkpoints/step_0000002")
         one, two = ((run / "preprocessor_config.json").read_text() for run in (whole, resumed))
         assert one == two

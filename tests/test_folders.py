@@ -144,8 +144,8 @@ def test_files_that_are_not_images_are_counted(tmp_path, capsys):
     check_from_command_line([str(tmp_path)])
     account, total, _ = capsys.readouterr().out.splitlines()
     assert account == (
-        f"{tmp_path}: 4 image files found, 4 read (train 4, 2 classes); other files: 2 .txt, 1 .xml, 1 no ending"
-    ) or account.startswith(f"{tmp_path}: 4 image files found, 4 read (train 4, 2 classes); other files: 2 .txt, 1 ")
+        f"{tmp_path}: 4 image files found, 4 listed (train 4, 2 classes); other files: 2 .txt, 1 .xml, 1 no ending"
+    ) or account.startswith(f"{tmp_path}: 4 image files found, 4 listed (train 4, 2 classes); other files: 2 .txt, 1 ")
     assert total == "4 images, 0 of them would be skipped"
 
 
@@ -199,7 +199,7 @@ def test_imagenet_layout_has_labels_for_training_only(tmp_path):
     )  # fmt: skip
     assert {label for _, label in load(folder)[0]} == {"n01", "n02"}
     assert describe_folder(folder).startswith(
-        f"{folder}: 10 image files found, 10 read (train 4, 2 classes; validation 3, no labels: all in one folder; "
+        f"{folder}: 10 image files found, 10 listed (train 4, 2 classes; validation 3, no labels: all in one folder; "
         "test 3, no labels: all in one folder)"
     )
 
@@ -371,7 +371,7 @@ def test_heif_without_pillow_heif_is_counted(tmp_path):
     checked = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env={
         **os.environ, "PYTHONPATH": os.getcwd()})  # fmt: skip
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout.startswith(f"{tmp_path}: 23 image files found, 21 read (train 21, 2 classes)\n")
+    assert checked.stdout.startswith(f"{tmp_path}: 23 image files found, 21 listed (train 21, 2 classes)\n")
     assert checked.stderr.count("skipped 2 image files: HEIF, which needs pillow-heif, such as a/0.heic") == 1
 
 
@@ -767,7 +767,7 @@ def test_training_on_a_folder_says_what_is_not_read(recipe, tmp_path):  # noqa: 
     assert refused.returncode == 2 and refused.stderr.splitlines()[-1].endswith("Give --allow_unread to skip them.")
     trained(*argv, "--max_steps", "1", "--allow_unread")
     log = (tmp_path / "run/train.log").read_text()
-    assert "64 image files found, 44 read (train 40, 2 classes; validation 4, 1 class)" in log
+    assert "64 image files found, 44 listed (train 40, 2 classes; validation 4, 1 class)" in log
 
 
 def test_large_folder_is_listed_without_reading_files(tmp_path, monkeypatch):

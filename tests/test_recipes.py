@@ -118,7 +118,7 @@ def test_recipe_for_own_images_takes_any_size_without_labels(tmp_path):
     short = ("--max_steps", 4, "--warmup_epochs", 1, "--report_to", "none")
     argv = ("--config", "own_images_cpu", "--dataset_name", tmp_path, "--output_dir", tmp_path.parent / "own", *short)
     said = trained(*argv)
-    assert "64 image files found, 64 read (train 64, no labels: all in one folder)" in said
+    assert "64 image files found, 64 listed (train 64, no labels: all in one folder)" in said
     assert "step 4 of 4: loss" in said and not (tmp_path.parent / "own/skipped.jsonl").exists()
     processor = AutoImageProcessor.from_pretrained(tmp_path.parent / "own")
     assert processor.crop_size.height == load_config(parsed("own_images_cpu")).image_size == 64
