@@ -43,7 +43,7 @@ from .feature_files import (
     to_matrix,
     write_part,
 )
-from .images import content_of, is_path, load_images, split_names
+from .images import content_of, how_to_label, is_path, load_images, split_names
 from .labels import known_labels, match_names, plain_labels
 from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
 from .outputs import check_outputs
@@ -514,14 +514,12 @@ def features_of(args: Namespace, split: str, with_labels: bool = False) -> Featu
     Raises:
         ValueError: neither features nor a model and a dataset; no labels, although `with_labels`.
     """
-    no_labels = f"split {split} of {args.dataset_name or args.features} has no labels; name their column by "
-    no_labels += "--label_column"
     if args.features and not args.model:
         if args.image_size is not None:
             raise ValueError("image_size is for a --model; these features are what they are")
         features = read_features(Path(args.features) / f"{split}.parquet")
     else:
-        features = _new_features(args, split, no_labels if with_labels else None)
+        features = _new_features(args, split, with_labels)
     if with_labels:
         return labeled(features, split)
     if not any(isinstance(label, (list, np.ndarray)) for label in features.labels):
@@ -575,12 +573,12 @@ def _check_given(args: Namespace) -> None:
         )
 
 
-def _new_features(args: Namespace, split: str, no_labels: str | None) -> Features:
+def _new_features(args: Namespace, split: str, with_labels: bool) -> Features:
     _check_given(args)
     check_features(args, split)
     dataset = images_of(args, split)
-    if no_labels and "label" not in dataset.column_names:
-        raise ValueError(no_labels)
+    if with_labels and "label" not in dataset.column_names:
+        raise ValueError(f"split {split} of {args.dataset_name} has no labels. {how_to_label(args.dataset_name)}")
     model, image_processor = load_model_of(args)
     reading = reading_of(args, model)
     data = describe_data(args, split, dataset)

@@ -53,6 +53,7 @@ from .supervised import (
     run_settings,
     save_card,
     save_checkpoint,
+    say_resumed,
     seed_of,
     seeded,
 )
@@ -247,6 +248,7 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(checkpoint["scaler"])
         losses = checkpoint["losses"]
+        say_resumed(folder, len(losses), num_epochs)
     criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     loader = make_loader(images, order, num_workers)
     peak = learning_rate * order.batch_size / 512

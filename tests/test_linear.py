@@ -163,7 +163,7 @@ def test_accuracy_on_separable_and_on_overlapping_features(gaussians):
     expected = 100 * reference.score(test_features, test_labels)
     accuracies = linear_accuracy(*gaussians, learning_rate=1.0, batch_size=64)
     assert 60 < expected < 99.5 and accuracies["linear_top1"] == pytest.approx(expected, abs=2)
-    assert accuracies["linear_top5"] == 100  # of five classes
+    assert accuracies.keys() == {"linear_top1"}  # of five classes, no top-5
     names = np.array(list("vwxyz"))
     assert (
         linear_accuracy(
@@ -410,5 +410,5 @@ def test_what_cannot_be_is_refused(argv, message, model_folder, shades):
 
 
 def test_images_without_labels_are_refused(model_folder, flat_folder):
-    with pytest.raises(ValueError, match="linear trains on train and needs another split|has no label column"):
+    with pytest.raises(ValueError, match="linear trains on train and needs another split|and split .* has none"):
         run("linear", model_folder, flat_folder)
