@@ -37,6 +37,8 @@ def measure(args: Namespace) -> None:
         print(format_table(reports))
         if args.output:
             write_reports(reports, args.output)
+        if args.protocol in ("linear", "finetune") and args.output_dir:
+            print(f"wrote {args.output_dir}")
 
 
 def evaluate_from_command_line(argv: list[str]) -> None:

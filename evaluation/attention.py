@@ -39,6 +39,7 @@ from .pictures import (
     add_display_channels,
     add_num_images,
     choose_images,
+    describe_given,
     find_images,
     image_label,
     to_picture,
@@ -308,7 +309,7 @@ def _draw_video(args: Namespace, path: Path, output: Path) -> None:
 
 def _draw_images(args: Namespace, output: Path) -> None:
     if args.image:
-        rows, source = find_images(args.image, args.num_images, args.seed), ""
+        rows, source = find_images(args.image, args.num_images, args.seed), describe_given(args.image)
         labels = [image_label(row) for row in rows]
     else:
         split = find_eval_split(args)

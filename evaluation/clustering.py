@@ -21,6 +21,7 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import Features, features_of, find_eval_split, images_of
+from .images import how_to_label
 from .labels import known_labels, plain_labels
 from .outputs import check_outputs, is_table, print_table, write_table
 from .report import LEVEL, NUM_RESAMPLES, Report, make_report
@@ -46,8 +47,8 @@ def k_means(features: torch.Tensor, num_clusters: int, num_init: int = 10, seed:
     """
     if not 2 <= num_clusters <= len(features) or num_init < 1:
         raise ValueError(
-            f"clusters must be from 2 to the {len(features)} images and num_init at least 1, got {num_clusters} and "
-            f"{num_init}"
+            f"num_clusters must be from 2 to the {len(features)} images and num_init at least 1, got "
+            f"{num_clusters} and {num_init}"
         )
     features = F.normalize(features.float().cpu(), dim=1).numpy()
     return KMeans(num_clusters, n_init=num_init, random_state=seed).fit_predict(features)
@@ -132,8 +133,8 @@ def _check_labels(args: Namespace, split: str, has_labels: bool) -> None:
     if args.num_clusters is None:
         raise ValueError(
             f"num_clusters must be given for images without labels, got none: split {split} of "
-            f"{args.dataset_name or args.features} has no labels. Give --num_clusters, or name their column by "
-            "--label_column."
+            f"{args.dataset_name or args.features} has no labels. Give --num_clusters. Or: "
+            f"{how_to_label(args.dataset_name or args.features)}"
         )
     if args.output:
         raise ValueError(

@@ -18,6 +18,7 @@ from .pictures import add_caption, add_files, check_files, choose_images, short_
 
 
 MAX_IN_LEGEND = 20  # classes that colours can tell apart
+METHODS = {"tsne": "t-SNE", "umap": "UMAP"}  # by name in commands, the name in pictures
 
 
 def embed_in_plane(
@@ -63,7 +64,10 @@ def _clip(name: str, value: float, highest: float, num_images: int) -> float:
 
 
 def draw_embedding(
-    coordinates: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] | None = None
+    coordinates: np.ndarray,
+    labels: np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
+    title: str = "",
 ):
     """A figure of points (images, 2): a colour a class, and a legend of up to 20 classes; of more, a colour scale
     over their order. All of one colour without labels."""
@@ -83,7 +87,7 @@ def draw_embedding(
             axis.scatter(x[order], y[order], color=palette[numbers[order]], **style)
             for number, label in enumerate(classes):
                 name = class_names[label] if class_names else str(label)
-                axis.scatter([], [], color=palette[number], s=18, label=short_label(name, 24))
+                axis.scatter([], [], color=palette[number], s=18, label=short_label(name))
             figure.legend(loc="outside right center", fontsize=7, frameon=False, handletextpad=0.2)
         else:
             points = axis.scatter(x[order], y[order], c=numbers[order], cmap="turbo", **style)
@@ -92,6 +96,7 @@ def draw_embedding(
             bar.ax.tick_params(labelsize=7)
             bar.solids.set_alpha(1)
     axis.spines[:].set(linewidth=0.5, color="0.6")
+    axis.set_title(title, fontsize=8)
     return figure
 
 
@@ -99,7 +104,7 @@ def add_arguments(parser: Parser) -> None:
     add_model(parser, several=False)
     add_dataset(parser)
     add_extraction(parser)
-    parser.add_argument("--method", choices=("tsne", "umap"), default="tsne", help="(default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="tsne", help="(default: %(default)s)")
     parser.add_argument("--perplexity", type=float, default=30, help="of t-SNE (default: %(default)s)")
     parser.add_argument("--num_neighbors", type=int, default=15, help="of UMAP (default: %(default)s)")
     parser.add_argument(
@@ -126,8 +131,8 @@ def measure(args: Namespace) -> None:
     )
     labels = features.labels[sample]
     is_labeled = has_labels(features)
-    figure = draw_embedding(coordinates, labels if is_labeled else None, features.class_names)
-    figure.axes[0].set_title({"tsne": "t-SNE", "umap": "UMAP"}[args.method], fontsize=8)
+    title = f"{METHODS[args.method]} of the features of {len(sample):,} images"
+    figure = draw_embedding(coordinates, labels if is_labeled else None, features.class_names, title)
     add_caption(figure, features.model["name"], f"{features.data['name']}, {features.data['split']}")
     arrays = {"images": features.rows[sample], "coordinates": coordinates} | ({"labels": labels} if is_labeled else {})
     write_files(args, figure, arrays)

@@ -43,7 +43,7 @@ from .feature_files import (
     to_matrix,
     write_part,
 )
-from .images import content_of, describe_folder, is_path, load_images, split_names
+from .images import content_of, how_to_label, is_path, load_images, split_names
 from .labels import known_labels, match_names, plain_labels
 from .models import describe_model, load_model, num_channels, pooled, reading_of, run_model, to_pixel_values, tokens
 from .outputs import check_outputs
@@ -578,10 +578,7 @@ def _new_features(args: Namespace, split: str, with_labels: bool) -> Features:
     check_features(args, split)
     dataset = images_of(args, split)
     if with_labels and "label" not in dataset.column_names:
-        remedy = "name their column by --label_column"
-        if describe_folder(args.dataset_name, args.folder_layout) is not None:
-            remedy = "give each class a folder of its own"
-        raise ValueError(f"split {split} of {args.dataset_name} has no labels; {remedy}")
+        raise ValueError(f"split {split} of {args.dataset_name} has no labels. {how_to_label(args.dataset_name)}")
     model, image_processor = load_model_of(args)
     reading = reading_of(args, model)
     data = describe_data(args, split, dataset)

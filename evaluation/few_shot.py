@@ -67,7 +67,7 @@ def few_shot_hits(
         raise ValueError(f"shots must be at least 1 and percent above 0 and at most 100, got {shots} and {percent}")
     if num_draws < 1 or c <= 0 or max_iter < 1:
         raise ValueError(
-            f"num_draws and max_iter must be at least 1 and C above 0, got {num_draws}, {max_iter} and {c}"
+            f"num_draws and max_iter must be at least 1 and c above 0, got {num_draws}, {max_iter} and {c}"
         )
     classes, train_labels, test_labels = encode_labels(train_labels, test_labels)
     numbers = None if shots else np.maximum(1, np.round(percent / 100 * np.bincount(train_labels)))

@@ -12,7 +12,6 @@ depth.
 import inspect
 import math
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,13 +46,14 @@ from .supervised import (
     hits,
     index_classes,
     input_size,
+    load_checkpoint,
     load_splits,
     make_loader,
     normalize,
-    resume,
     run_settings,
     save_card,
     save_checkpoint,
+    say_resumed,
     seed_of,
     seeded,
 )
@@ -242,12 +242,13 @@ def train(
     groups = parameter_groups(model, weight_decay, layer_decay)
     prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=0.0))
     losses: list[float] = []
-    if checkpoint := resume(folder, settings):
+    if folder is not None and (checkpoint := load_checkpoint(folder, settings)):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(checkpoint["scaler"])
         losses = checkpoint["losses"]
+        say_resumed(folder, len(losses), num_epochs)
     criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     loader = make_loader(images, order, num_workers)
     peak = learning_rate * order.batch_size / 512
@@ -402,5 +403,4 @@ def measure(args: Namespace) -> Report:
     report = make_report(args, described, about | {"mixed_precision": precision}, scores)
     if folder is not None and accelerator.is_main_process:
         save_card(args, folder, model, image_processor, report, "An image classifier: the whole network, fine-tuned")
-        print(f"wrote the classifier to {folder}", file=sys.stderr)
     return report

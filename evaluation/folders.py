@@ -1,4 +1,4 @@
-"""Folders of image files as datasets, by an explicit list: every file is read, or counted with the reason why not.
+"""Folders of image files as datasets, by an explicit list: every file is listed, or counted with the reason why not.
 
 Splits are the folders at the top that are called train, val, test or another word for a split, in any case; folders
 beside them are splits of their own name. Labels are the names of the folders that the images lie in.
@@ -363,10 +363,14 @@ class ImageFolder:
         return {name: column for name, column in columns.items() if not pa.types.is_null(column.type)}
 
     def account(self) -> str:
-        """Return how many image files were found and read, and in which splits and classes, in one line."""
-        num_read = sum(map(len, self.splits.values()))
+        """Return how many image files were found and listed, and in which splits and classes, in one line.
+
+        None is decoded yet: of the listed files, the broken ones are skipped later, and said then.
+        """
+        num_listed = sum(map(len, self.splits.values()))
         splits = "; ".join(f"{name} {len(files):,}, {self._classes(name)}" for name, files in self.splits.items())
-        text = f"{self.listing.path}: {num_read + self.num_unread:,} image files found, {num_read:,} listed ({splits})"
+        found = f"{num_listed + self.num_unread:,} image files found"
+        text = f"{self.listing.path}: {found}, {num_listed:,} listed ({splits})"
         if self.listing.others:
             listed = ", ".join(f"{number:,} {suffix}" for suffix, number in self.listing.others.most_common(4))
             text += f"; other files: {listed}" + ", ..." * (len(self.listing.others) > 4)

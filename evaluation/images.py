@@ -290,9 +290,20 @@ def local_files(dataset_name: str, split: str, folder_layout: str = "auto") -> l
 
 
 def describe_folder(dataset_name: str, folder_layout: str = "auto") -> str | None:
-    """How many files of a folder of images are read, in one line; None for anything else."""
+    """How many files of a folder of images are found and listed, in one line; None for anything else."""
     folder = _image_folder(dataset_name, folder_layout, None)
     return folder and folder.account()
+
+
+def how_to_label(dataset_name: str) -> str:
+    """Return how to give the images of a dataset without labels some: a sentence for an error."""
+    path = Path(dataset_name).expanduser()
+    if path.is_dir() and not _is_saved(path) and not is_of_tables(list_folder(path)):
+        return (
+            "Put the images of each class into a folder of its own, or write a metadata.csv with the columns "
+            "file_name and label."
+        )
+    return "Name their column by --label_column."
 
 
 def _find_image_column(features: Features, image_column: str | None) -> str:

@@ -16,6 +16,7 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import labelled_features
+from .labels import top_numbers
 from .report import Report, make_report
 
 
@@ -46,9 +47,9 @@ def knn_hits(
         temperature: Of the votes, one or several.
 
     Returns:
-        `knn_{k}_top1` and `knn_{k}_top5` for every k, and with `_T{temperature}` before `_top` for several
-        temperatures: booleans (test images,). Top-5 means the min(5, k) classes with most votes. A class without a
-        vote is no hit; in the original it can be one, by the order in which ties are sorted.
+        `knn_{k}_top1` and, with more than 5 classes, `knn_{k}_top5` for every k, and with `_T{temperature}` before
+        `_top` for several temperatures: booleans (test images,). Top-5 means the min(5, k) classes with most votes. A
+        class without a vote is no hit; in the original it can be one, by the order in which ties are sorted.
 
     Raises:
         ValueError: no images, no labels, a k below 1, or a temperature that is not above 0.
@@ -82,7 +83,8 @@ def knn_hits(
     def name(neighbours: int, temperature: float, top: int) -> str:
         return f"knn_{neighbours}" + (f"_T{temperature:g}" if len(temperatures) > 1 else "") + f"_top{top}"
 
-    hits = {name(n, t, top): np.empty(num_test, dtype=bool) for n in ks for t in temperatures for top in (1, 5)}
+    tops = top_numbers(len(classes))
+    hits = {name(n, t, top): np.empty(num_test, dtype=bool) for n in ks for t in temperatures for top in tops}
     chunk = max(1, CHUNK_BYTES // (4 * max(num_train, len(classes))))
     for start in range(0, num_test, chunk):
         rows = slice(start, start + chunk)
@@ -102,13 +104,13 @@ def knn_hits(
                 votes.scatter_add_(1, neighbour_labels[:, :neighbours], weights[:, :neighbours])
                 ranked = votes.topk(min(5, neighbours, len(classes)), dim=1)
                 found = ((ranked.indices == targets[:, None]) & (ranked.values > 0)).cpu().numpy()
-                hits[name(neighbours, temperature, 1)][rows] = found[:, 0]
-                hits[name(neighbours, temperature, 5)][rows] = found.any(1)
+                for top in tops:
+                    hits[name(neighbours, temperature, top)][rows] = found[:, :top].any(1)
     return hits
 
 
 def knn_accuracy(*args, **kwargs) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent: the means of `knn_hits`, of the same arguments."""
+    """Accuracies in percent: the means of `knn_hits`, of the same arguments."""
     return {name: 100 * float(hits.mean()) for name, hits in knn_hits(*args, **kwargs).items()}
 
 
@@ -135,7 +137,5 @@ def measure(args: Namespace) -> Report:
         warnings.warn(f"{num_unknown} of the {len(test)} test images are of classes that no training image has")
     bank = train.features.to(PartialState().device)
     hits = knn_hits(bank, train.labels, *against, args.k, args.temperature)
-    if len(np.unique(train.labels)) <= 5:  # of which top-5 says nothing
-        hits = {name: hit for name, hit in hits.items() if name.endswith("_top1")}
     data = {"train": train.data} | ({"leave_one_out": True} if test is None else {"test": test.data})
     return make_report(args, train.model, data, {name: 100.0 * hit for name, hit in hits.items()})

@@ -99,6 +99,11 @@ def labeled_rows(dataset: Dataset, split: str, like: list[str] | None = None) ->
     return dataset, match_names(labels, names, like).tolist()
 
 
+def top_numbers(num_classes: int) -> tuple[int, ...]:
+    """Return the k of the top-k accuracies to report: top-5 of up to 5 classes is always 100 %."""
+    return (1, 5) if num_classes > 5 else (1,)
+
+
 def draw(labels: np.ndarray, numbers: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return the indices of `numbers[c]` images of each class c, drawn without replacement.
 

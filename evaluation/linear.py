@@ -8,7 +8,6 @@ one that has seen all, give the selected learning rate alone.
 """
 
 import math
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +43,7 @@ from .features import (
     load_model_of,
     warn_of_shared_images,
 )
-from .models import describe_model, num_channels, reading_of, tokens
+from .models import describe_model, num_blocks, num_channels, reading_of, tokens
 from .outputs import filling
 from .processes import of_all_processes
 from .report import Report, make_report
@@ -61,13 +60,14 @@ from .supervised import (
     hits,
     index_classes,
     input_size,
+    load_checkpoint,
     load_splits,
     make_loader,
     normalize,
-    resume,
     run_settings,
     save_card,
     save_checkpoint,
+    say_resumed,
     seed_of,
 )
 
@@ -161,10 +161,11 @@ def train_classifiers(
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     parameters = list(classifiers.parameters())
     losses: list[list[float]] = []
-    if checkpoint := resume(folder, settings):
+    if folder is not None and (checkpoint := load_checkpoint(folder, settings)):
         classifiers.load_state_dict(checkpoint["classifiers"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         losses = checkpoint["losses"]
+        say_resumed(folder, len(losses), num_epochs)
 
     bar = tqdm(
         total=num_epochs * len(order), initial=len(losses) * len(order), desc="linear classifier", leave=False,
@@ -206,7 +207,7 @@ def linear_accuracy(
     batch_size: int = 256,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Top-1 and, of five classes and more, top-5 accuracy in percent of the paper's linear classifier on features.
+    """Top-1 and, with more than 5 classes, top-5 accuracy in percent of the paper's linear classifier on features.
 
     Args:
         train_features: (training images, hidden), taken as they are: no crops are drawn.
@@ -321,8 +322,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--n_last_blocks",
         type=int,
-        help=f"blocks whose CLS token the classifier sees (default: {NUM_LAST_BLOCKS}; of networks without such, the "
-        "pooled features)",
+        help=f"blocks whose CLS token the classifier sees (default: {NUM_LAST_BLOCKS}, or all of fewer; of networks "
+        "without such, the pooled features)",
     )
     parser.add_argument("--avgpool_patchtokens", action="store_true", help="also the mean of the last patch tokens")
     parser.add_argument(
@@ -478,13 +479,13 @@ def measure(args: Namespace) -> Report:
         inputs = {"n_last_blocks": 1, "avgpool_patchtokens": False, "interleave_features": False}
     else:
         model, image_processor = load_model_of(args)
-        n_last_blocks = args.n_last_blocks
-        num_blocks = model.config.num_hidden_layers if _has_blocks(model) else 1
+        n_last_blocks, most = args.n_last_blocks, num_blocks(model)
         if n_last_blocks is None:
-            n_last_blocks = min(NUM_LAST_BLOCKS, num_blocks)
-        if not 1 <= n_last_blocks <= num_blocks:
+            n_last_blocks = min(NUM_LAST_BLOCKS, most) if _has_blocks(model) else 1
+        if n_last_blocks < 1 or (most and n_last_blocks > most):
+            allowed = f"from 1 to the network's {most} blocks" if most else "at least 1"
             raise ValueError(
-                f"n_last_blocks must be from 1 to {num_blocks}, the network's blocks, got {n_last_blocks}"
+                f"n_last_blocks must be {allowed}, got {n_last_blocks}. Give --n_last_blocks {most or 1}, or fewer."
             )
         inputs = {
             "n_last_blocks": n_last_blocks,
@@ -534,7 +535,6 @@ def measure(args: Namespace) -> Report:
         if whole is not None:
             method = "An image classifier: a linear classifier on the frozen features of a DINO network"
             save_card(args, folder, whole, image_processor, report, method)
-        print(f"wrote the classifier to {folder}", file=sys.stderr)
     return report
 
 

@@ -16,7 +16,7 @@ from modeling_dino.command_line import Parser
 
 from .arguments import add_dataset, add_extraction, add_model, add_output
 from .features import Features, find_eval_split, labelled_features
-from .labels import draw
+from .labels import draw, top_numbers
 from .report import Report, make_report
 
 
@@ -68,7 +68,7 @@ def logistic_hits(
     """
     c = sorted(set(c))
     if c[0] <= 0 or max_iter < 1:
-        raise ValueError(f"C must be above 0 and max_iter at least 1, got {c[0]:g} and {max_iter}")
+        raise ValueError(f"c must be above 0 and max_iter at least 1, got {c[0]:g} and {max_iter}")
     classes, train_labels, test_labels = encode_labels(train_labels, test_labels)
     train_features, test_features = normalize(train_features), normalize(test_features)
 
@@ -76,7 +76,7 @@ def logistic_hits(
     model, has_converged = fit(train_features, train_labels, best, max_iter)
     warn_of_unfinished(unfinished + ([] if has_converged else [best]), max_iter)
     scores = model.predict_proba(test_features)
-    tops = (1, 5) if len(classes) > 5 else (1,)
+    tops = top_numbers(len(classes))
     return {f"logistic_top{k}": top_k_hits(scores, test_labels, k) for k in tops}, best
 
 
@@ -87,7 +87,7 @@ def choose_c(
     counts = np.bincount(labels)
     numbers = np.where(counts > 1, np.maximum(1, np.round(HOLDOUT * counts)), 0)
     if not numbers.any():
-        raise ValueError("no class has two training images, so none can be held out to choose C; give one C")
+        raise ValueError("no class has two training images, so none can be held out to choose c; give one by --c")
     held_out = np.zeros(len(labels), dtype=bool)
     held_out[draw(labels, numbers, np.random.default_rng(seed))] = True
     accuracies, unfinished = [], []

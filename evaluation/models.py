@@ -20,6 +20,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -178,13 +187,11 @@ def _named_errors(source: str, file: str) -> Iterator[None]:
         raise
     except Exception as error:
         path, is_local = Path(source) / file, Path(source).is_dir()
-        reason = one_line(error)
-        if not is_local and isinstance(error, OSError):
-            raise ValueError(
-                f"model must be a folder or the id of a model on the Hub, got {source}: {reason.partition('. ')[0]}"
-            ) from error
-        if not is_local and isinstance(error, ValueError):  # which names the model
+        if not is_local and (problem := _hub_problem(error, file)):
+            raise ValueError(f"model must be a folder or a Hub id, got {source}, {problem}") from error
+        if not is_local and isinstance(error, (OSError, ValueError)):  # which name the model
             raise
+        reason = one_line(error)
         if is_local and not path.exists():
             problem = "is missing"
         elif is_local and path.suffix == ".json" and not _is_json_object(path):
@@ -197,6 +204,31 @@ def _named_errors(source: str, file: str) -> Iterator[None]:
         else:
             problem = f"cannot be used: {reason.rstrip('.')}"
         raise ValueError(f"{path} {problem}. Copy, download or convert the model again.") from error
+
+
+def _hub_problem(error: BaseException, file: str) -> str | None:
+    """Return why the Hub did not give a file of a model, and what to do; None for any other error."""
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    def is_any(*kinds: type) -> bool:
+        return any(isinstance(one, kinds) for one in causes)
+
+    if is_any(HFValidationError):
+        return "which is neither. Check the name."
+    if is_any(GatedRepoError):
+        return "which is gated. Ask for access on its page, and log in with `hf auth login`."
+    if is_any(RepositoryNotFoundError):
+        return "which is not on the Hub, or is private. Check the name, or log in with `hf auth login`."
+    if is_any(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        if is_offline_mode():
+            return "which is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or give a folder."
+        return "which is not in the cache, and the Hub cannot be reached. Check the connection, or give a folder."
+    if is_any(EntryNotFoundError) or (isinstance(error, OSError) and file == "preprocessor_config.json"):
+        return f"which has no {file}. Choose another model, or give a folder with this file."
+    return None
 
 
 def _is_json_object(path: Path) -> bool:
@@ -339,6 +371,15 @@ def patch_size(model: PreTrainedModel) -> int:
     return size if isinstance(size, int) else size[0]
 
 
+def num_blocks(model: PreTrainedModel) -> int | None:
+    """Blocks of a Vision Transformer of transformers, timm or ours; None of other networks."""
+    network = network_of(model)
+    blocks = getattr(getattr(network, "timm_model", None), "blocks", None)
+    if blocks is not None:
+        return len(blocks)
+    return getattr(network.config, "num_hidden_layers", None)
+
+
 class Tokens(NamedTuple):
     """What a block puts out, after the final norm.
 
@@ -375,7 +416,10 @@ def tokens(model: PreTrainedModel, pixel_values: torch.Tensor, n: int = 1) -> li
         return [last]
     norm = getattr(network, "layernorm", getattr(network, "norm", None))
     if norm is None or output.last_hidden_state.ndim != 3 or len(output.hidden_states) <= n:
-        raise ValueError(f"a {type(network).__name__} has no {n} last blocks to look at; use 1")
+        raise ValueError(
+            f"n_last_blocks must be 1 for a {type(network).__name__}, which has no {n} last blocks, got {n}. Give "
+            "--n_last_blocks 1."
+        )
     earlier = [norm(hidden_states) for hidden_states in output.hidden_states[-n:-1]]
     return [_split_tokens(network, block, block[:, 0], pixel_values) for block in earlier] + [last]
 

@@ -38,6 +38,7 @@ from .pictures import (
     add_picture,
     check_files,
     choose_images,
+    describe_given,
     find_images,
     image_label,
     short_label,
@@ -169,7 +170,7 @@ def measure(args: Namespace) -> None:
     if not PartialState().is_main_process:
         return
     if args.image:
-        rows, source = find_images(args.image, args.num_images, args.seed), ""
+        rows, source = find_images(args.image, args.num_images, args.seed), describe_given(args.image)
         names = [image_label(row) for row in rows]
     else:
         split = find_eval_split(args)

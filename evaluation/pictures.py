@@ -103,6 +103,11 @@ def choose_images(num_all: int, num_images: int, seed: int, setting: str = "num_
     return np.random.default_rng(seed).permutation(num_all)[:num_images]
 
 
+def describe_given(given: Sequence[str]) -> str:
+    """Return what a caption says of the data of --image: the first of the files and folders, and how many others."""
+    return given[0] + (f" and {len(given) - 1} more" if len(given) > 1 else "")
+
+
 def image_label(row: dict, number: int | None = None) -> str:
     """Return what a picture calls an image: its file, or its number in the dataset."""
     image = row["image"]
@@ -111,7 +116,7 @@ def image_label(row: dict, number: int | None = None) -> str:
 
 
 def short_label(name: str, length: int = 24) -> str:
-    """Return a name as a picture can show it: the end of a long one, which tells files apart."""
+    """Return the name of a file or class as all pictures show it: the end of a long one, which tells files apart."""
     name = printable(name)
     return name if len(name) <= length else "…" + name[1 - length :]
 

@@ -6,7 +6,6 @@ random has to be kept in a checkpoint.
 
 import hashlib
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,8 @@ from modeling_dino.image_processing_dino import PILLOW_MODES
 from .cards import write_classifier_card
 from .decoding import Reading, decode_image, pixel_hash
 from .features import class_names, find_eval_split, images_of, name_of
-from .labels import draw_per_class, labeled_rows
+from .images import how_to_label
+from .labels import draw_per_class, labeled_rows, top_numbers
 from .models import mean_and_std, to_pixel_values, to_values
 from .outputs import check_outputs, replacing, write_text
 from .processes import of_all_processes
@@ -187,8 +187,8 @@ def load_splits(args: Namespace) -> tuple[Dataset, Dataset, list, list]:
         dataset = images_of(args, split)
         if "label" not in dataset.column_names:
             raise ValueError(
-                f"{args.protocol} needs labels, and split {split} of {args.dataset_name} has no label column; name it "
-                "by --label_column"
+                f"{args.protocol} needs labels, and split {split} of {args.dataset_name} has none. "
+                f"{how_to_label(args.dataset_name)}"
             )
         dataset, numbers = labeled_rows(dataset, split, like=names)
         names = names or class_names(dataset)
@@ -272,7 +272,7 @@ def index_classes(
 
 def hits(logits: torch.Tensor, targets: torch.Tensor, name: str) -> dict[str, np.ndarray]:
     """`{name}_top1` and, with more than 5 classes, `{name}_top5`: 100 for each image that was right, else 0."""
-    tops = (1, 5) if logits.shape[1] > 5 else (1,)
+    tops = top_numbers(logits.shape[1])
     ranked = logits.topk(tops[-1], dim=1).indices == targets[:, None]  # (images, 1 or 5)
     return {f"{name}_top{top}": 100.0 * ranked[:, :top].any(1).cpu().numpy() for top in tops}
 
@@ -373,13 +373,14 @@ def load_checkpoint(folder: Path, settings: dict) -> dict | None:
     return checkpoint
 
 
-def resume(folder: Path | None, settings: dict) -> dict | None:
-    """`load_checkpoint`, of a folder if there is one, and say from where the run goes on."""
-    checkpoint = load_checkpoint(folder, settings) if folder is not None else None
-    if checkpoint is not None and PartialState().is_main_process:
-        done = f"{len(checkpoint['losses'])} of {settings['epochs']} epochs"
-        print(f"{folder} holds {done} of this run, which are not repeated", file=sys.stderr)
-    return checkpoint
+def say_resumed(folder: Path, num_done: int, num_epochs: int) -> None:
+    """Say on the main process that a run in a folder is resumed, or is done and reused."""
+    if PartialState().is_main_process:
+        done = f"{folder} has a run of these settings"
+        if num_done < num_epochs:
+            print(f"{done}: resuming after epoch {num_done} of {num_epochs}", flush=True)
+        else:
+            print(f"{done}, which is done: its weights are reused. Retrain with another --output_dir.", flush=True)
 
 
 def save_checkpoint(folder: Path, settings: dict, losses: list, **state) -> None:

@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import shutil
 import sys
 from argparse import Namespace
 
@@ -26,7 +27,7 @@ from evaluation.images import load_images
 from evaluation.models import load_model, mean_and_std
 from evaluation.neighbours import draw_neighbours, nearest_images
 from evaluation.pca import draw_colors, patch_map, principal_components, resize_and_crop
-from evaluation.pictures import choose_images, find_images, write_files
+from evaluation.pictures import choose_images, find_images, short_label, write_files
 
 from .conftest import noise
 from .test_bad_input import answer
@@ -372,6 +373,37 @@ def test_picture_is_written_as_pdf_and_svg_and_names_its_model(draw, command, ou
             draw(other, path)
     written = texts(tmp_path / "new/picture.svg")
     assert f"model: {ours}" in written or f"model: …{str(ours)[-59:]}" in written
+
+
+@pytest.mark.parametrize("command", ["attention", "pca"])
+def test_pictures_of_given_images_name_their_data(command, ours, flat_folder, tmp_path):  # noqa: F811
+    short = tmp_path / "images"
+    shutil.copytree(flat_folder, short)
+    for given, data in (([short], str(short)), ([short, short / "3.png"], f"{short} and 1 more")):
+        flags = "--image", *given, "--num_images", 2, "--image_size", 32, "--output", tmp_path / f"{command}.svg"
+        evaluate(command, "--model", ours, *flags)
+        [caption] = [text for text in texts(tmp_path / f"{command}.svg") if text.startswith("data: ")]
+        assert caption.removeprefix("data: ") == short_label(data, 60)
+
+
+def test_embedding_names_its_method_model_and_data(draw, kept, tmp_path):
+    draw("embedding", tmp_path / "embedding.svg")
+    written = texts(tmp_path / "embedding.svg")
+    assert "t-SNE of the features of 30 images" in written
+    assert any(text.startswith("model: ") for text in written) and any(text.startswith("data: ") for text in written)
+
+
+def test_long_class_names_are_shortened_alike(ours, tmp_path):  # noqa: F811
+    names = [f"a_very_long_class_name_of_{kind}_pears" for kind in ("red", "green")]
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            noise(np.random.default_rng(number)).save(tmp_path / "data" / name / f"{number}.png")
+    for command, flags in (("embedding", ("--perplexity", 2)), ("neighbours", ("--k", 1))):
+        path = tmp_path / f"{command}.svg"
+        evaluate(command, "--model", ours, "--dataset_name", tmp_path / "data", "--output", path, *flags)
+        ends = {name for name in names for text in texts(path) if text[:1] == "…" and name.endswith(text[1:])}
+        assert ends == set(names), command
 
 
 def test_pictures_name_their_files(draw, flat_folder, tmp_path):

@@ -107,7 +107,7 @@ def test_networks_of_transformers_are_taken_at_any_size(name, tmp_path):
     torch.testing.assert_close(earlier.pooled, norm(output.hidden_states[-2])[:, 0])
     assert last.patches.shape == (2, 5, 8, 24)
     assert len(tokens(model, pixel_values, 3)) == 3
-    with pytest.raises(ValueError, match="no 4 last blocks"):
+    with pytest.raises(ValueError, match="must be 1 for a .* no 4 last blocks, got 4. Give --n_last_blocks 1."):
         tokens(model, pixel_values, 4)
     model.set_attn_implementation("sdpa")
     maps = cls_attention(model, pixel_values)

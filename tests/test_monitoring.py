@@ -53,11 +53,7 @@ def test_short_run_says_little_and_the_log_says_all(recipe, parquet_folder, tmp_
     log = (tmp_path / "train.log").read_text()
     for step in range(20, 701, 20):
         assert f"step {step} of 700: loss" in log
-    for words in (
-        f"torch {torch.__version__.split('+')[0]}",
-        "max_steps: 700",
-        "step 100: k-NN (k = ",
-    ):
+    for words in (f"torch {torch.__version__.split('+')[0]}", "max_steps: 700", "step 100: k-NN (k = "):
         assert words in log
     assert scalars(tmp_path) == pytest.approx(numbers(tmp_path), rel=1e-6)
 

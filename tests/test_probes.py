@@ -311,13 +311,13 @@ def test_commands_report_what_the_functions_find(model, small_folder, tmp_path):
     [
         (["logistic"], "no training images of 1 of the test images' classes, such as 3"),
         (["logistic", "--eval_split", "train"], "logistic learns from one split and is measured on another"),
-        (["logistic", "--eval_split", "validation", "--c", "0"], "C must be above 0"),
+        (["logistic", "--eval_split", "validation", "--c", "0"], "c must be above 0"),
         (
             ["few_shot", "--eval_split", "validation", "--shots", "9", "--percent"],
             "at most 4, the number of training images of class eel, got 9",
         ),
         (["few_shot", "--eval_split", "validation", "--shots", "--percent"], "give --shots or --percent"),
-        (["clustering", "--num_clusters", "5"], "clusters must be from 2 to the 4 images"),
+        (["clustering", "--num_clusters", "5"], "num_clusters must be from 2 to the 4 images"),
     ],
 )
 def test_what_commands_cannot_do_is_told_in_a_line(model, small_folder, argv, message, capsys):

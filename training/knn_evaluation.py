@@ -5,7 +5,7 @@ import warnings
 from datasets import ClassLabel, Dataset
 
 from evaluation.features import choose_eval_split, extract_features, labeled
-from evaluation.images import load_images, split_names
+from evaluation.images import how_to_label, load_images, split_names
 from evaluation.knn import knn_accuracy
 
 from .arguments import TrainingArguments
@@ -42,7 +42,10 @@ class KNNEvaluation:
             True, args.folder_layout, args.tiff_pages, args.allow_unread,
         )  # fmt: skip
         if "label" not in dataset.column_names:
-            raise ValueError(f"--eval_steps needs labels, and {args.dataset_name} has no label column")
+            raise ValueError(
+                f"--eval_steps needs labels, and {args.dataset_name} has none. {how_to_label(args.dataset_name)} Or "
+                "leave --eval_steps out."
+            )
         if args.max_eval_samples is None:
             return dataset
         dataset = dataset.shuffle(seed=args.seed)

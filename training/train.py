@@ -343,9 +343,10 @@ def _train(
                 accuracies = evaluate(backbone, image_processor)
         if accuracies:
             monitor.write(step, accuracies)
-            best, name = max((value, name) for name, value in accuracies.items() if name.endswith("top1"))
+            top1 = {name.split("_")[1]: value for name, value in accuracies.items() if name.endswith("top1")}
+            best = max(top1, key=top1.get)
             note = "" if step else " (as it was)" if args.init_from else " (untrained)"
-            monitor.say(f"step {step}: k-NN (k = {name.split('_')[1]}) top-1 of the teacher {best:.1f} %{note}")
+            monitor.say(f"step {step}: k-NN (k = {best}) top-1 of the teacher {top1[best]:.1f} %{note}")
         monitor.resume(elapsed)
 
     def draw_figures(at_end: bool = False) -> None:
