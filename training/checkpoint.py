@@ -272,7 +272,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str, must: bool) -
     folder = Path(resume_from_checkpoint)
     if not (folder / "manifest.json").is_file():
         runs = (folder, *folder.parents)[:4]  # of a run, its checkpoints, one that is gone, or a network in it
-        newest = next((found[-1] for found in map(list_checkpoints, runs) if found), None)
+        whole = [[one for one in list_checkpoints(run) if (one / "manifest.json").is_file()] for run in runs]
+        newest = next((found[-1] for found in whole if found), None)
         fix = f"Give {newest}." if newest else "Weights alone are for --init_from."
         raise ValueError(
             f"resume_from_checkpoint must be a checkpoint, which has a manifest.json, got {folder}. {fix}"
